@@ -1,0 +1,180 @@
+"""What every bench says, in one shape: rows with their limits, and the machine they are of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kvfabric.errors import Refused
+from rich.table import Table
+
+BASE_PACKAGES = ("kvfabric", "numpy", "protobuf", "xxhash")
+DIGITS = 6  # after the point, in JSON
+
+
+class Target(Protocol):
+    """What a row should reach."""
+
+    def met(self, row: Row) -> bool: ...
+
+    def text(self, row: Row) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure and the limit that it is held against; both in `unit`, `limit` above zero.
+
+    `size_bytes` is the size of one shard, or 0 where the figure has no such thing.
+    """
+
+    name: str
+    size_bytes: int
+    value: float
+    unit: str
+    limit: float
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0:
+            raise Refused(f"the limit of {self.name!r} is {self.limit}; measure it first")
+
+    @property
+    def ratio(self) -> float:
+        return self.value / self.limit
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none."""
+        return None if self.target is None else self.target.met(self)
+
+    def as_json(self) -> dict[str, str | int | float]:
+        return {
+            "name": self.name,
+            "size_bytes": self.size_bytes,
+            "value": round(self.value, DIGITS),
+            "unit": self.unit,
+            "limit": round(self.limit, DIGITS),
+            "ratio": round(self.ratio, DIGITS),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast:
+    """Reached when value / limit is at least `ratio`: for speeds."""
+
+    ratio: float
+
+    def met(self, row: Row) -> bool:
+        return row.ratio >= self.ratio
+
+    def text(self, row: Row) -> str:
+        return f"ratio >= {self.ratio:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class AtMostOver:
+    """Reached when value - limit is at most `over`, in the row's unit: for times."""
+
+    over: float
+
+    def met(self, row: Row) -> bool:
+        return row.value - row.limit <= self.over
+
+    def text(self, row: Row) -> str:
+        return f"limit + {self.over:g} {row.unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The rows of one run on one machine."""
+
+    title: str
+    rows: Sequence[Row]
+    machine: dict[str, object]
+
+    def table(self) -> Table:
+        """For people: the figures, their targets, and whether those are met."""
+        table = Table(title=self.title)
+        table.add_column("name")
+        for column in ("size", "value", "limit", "ratio", "value - limit", "target"):
+            table.add_column(column, justify="right")
+        table.add_column("met")
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return table
+
+    def to_json(self) -> str:
+        """For machines: {"rows": [...], "machine": {...}}."""
+        shape = {"rows": [row.as_json() for row in self.rows], "machine": self.machine}
+        return json.dumps(shape, indent=2) + "\n"
+
+    def write_json(self, path: Path) -> None:
+        """Writes `to_json`, making the folder. Refused where that cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.to_json())
+        except OSError as error:
+            raise Refused(f"cannot write the report to {path}: {error.strerror}") from error
+
+
+def machine(packages: Iterable[str] = ()) -> dict[str, object]:
+    """What the figures depend on. `packages`: further distributions whose versions matter."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": _versions([*BASE_PACKAGES, *packages]),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    }
+
+
+def size_text(size_bytes: int) -> str:
+    """1048576 -> "1 MiB": the largest binary unit that divides it; nothing for 0."""
+    if not size_bytes:
+        return ""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes % (1 << power) == 0:
+            return f"{size_bytes >> power} {unit}"
+    return f"{size_bytes} B"
+
+
+def _cells(row: Row) -> list[str]:
+    over = "" if isinstance(row.target, AtLeast) else f"{row.value - row.limit:+.3g}"
+    verdict = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[row.met]
+    return [
+        row.name,
+        size_text(row.size_bytes),
+        f"{row.value:.4g} {row.unit}",
+        f"{row.limit:.4g}",
+        f"{row.ratio:.2f}",
+        over,
+        row.target.text(row) if row.target else "",
+        verdict,
+    ]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
