@@ -491,7 +491,9 @@ class AcquireResponse(_message.Message):
     @_builtins.property
     def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """0: was written without checksums"""
+
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """of the found keys' layer parts, in order"""
@@ -680,6 +682,51 @@ class UnpinResponse(_message.Message):
 Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
 
 @_typing.final
+class VerifyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRequest: _TypeAlias = VerifyRequest  # noqa: Y015
+
+@_typing.final
+class VerifyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """OK: intact; MISS: was damaged, or is not here"""
+
+    def __init__(
+        self,
+        *,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015
+
+@_typing.final
 class PurgeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -858,7 +905,9 @@ class ReadResponse(_message.Message):
         @_builtins.property
         def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
         @_builtins.property
-        def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """0: was written without checksums"""
+
         @_builtins.property
         def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """of the found keys' layer parts, in order"""

@@ -84,6 +84,11 @@ class NodeServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinResponse.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Verify',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyResponse.FromString,
+                _registered_method=True)
         self.Purge = channel.unary_unary(
                 '/kvfabric.rpc.v1.NodeService/Purge',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeRequest.SerializeToString,
@@ -182,6 +187,14 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Verify(self, request, context):
+        """Reads these shards' bytes and compares their checksums; a damaged replica is
+        dropped. What a reader calls that found a mismatch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Purge(self, request, context):
         """Erases: by namespace, by key with all that continues it, by owner.
         """
@@ -270,6 +283,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyResponse.SerializeToString,
             ),
             'Purge': grpc.unary_unary_rpc_method_handler(
                     servicer.Purge,
@@ -567,6 +585,33 @@ class NodeService(object):
             '/kvfabric.rpc.v1.NodeService/Unpin',
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Verify',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,10 @@ class NodeServiceStub:
     Pin: _grpc.UnaryUnaryMultiCallable[_node_pb2.PinRequest, _node_pb2.PinResponse]
     """Keeps shards until unpinned."""
     Unpin: _grpc.UnaryUnaryMultiCallable[_node_pb2.UnpinRequest, _node_pb2.UnpinResponse]
+    Verify: _grpc.UnaryUnaryMultiCallable[_node_pb2.VerifyRequest, _node_pb2.VerifyResponse]
+    """Reads these shards' bytes and compares their checksums; a damaged replica is
+    dropped. What a reader calls that found a mismatch.
+    """
     Purge: _grpc.UnaryUnaryMultiCallable[_node_pb2.PurgeRequest, _node_pb2.PurgeResponse]
     """Erases: by namespace, by key with all that continues it, by owner."""
     Stats: _grpc.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsResponse]
@@ -92,6 +96,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Pin: _aio.UnaryUnaryMultiCallable[_node_pb2.PinRequest, _node_pb2.PinResponse]  # type: ignore[assignment]
     """Keeps shards until unpinned."""
     Unpin: _aio.UnaryUnaryMultiCallable[_node_pb2.UnpinRequest, _node_pb2.UnpinResponse]  # type: ignore[assignment]
+    Verify: _aio.UnaryUnaryMultiCallable[_node_pb2.VerifyRequest, _node_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Reads these shards' bytes and compares their checksums; a damaged replica is
+    dropped. What a reader calls that found a mismatch.
+    """
     Purge: _aio.UnaryUnaryMultiCallable[_node_pb2.PurgeRequest, _node_pb2.PurgeResponse]  # type: ignore[assignment]
     """Erases: by namespace, by key with all that continues it, by owner."""
     Stats: _aio.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsResponse]  # type: ignore[assignment]
@@ -185,6 +193,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.UnpinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.UnpinResponse, _abc.Awaitable[_node_pb2.UnpinResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _node_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.VerifyResponse, _abc.Awaitable[_node_pb2.VerifyResponse]]:
+        """Reads these shards' bytes and compares their checksums; a damaged replica is
+        dropped. What a reader calls that found a mismatch.
+        """
 
     @_abc_1.abstractmethod
     def Purge(

@@ -1,0 +1,634 @@
+"""The rManager's decisions: who may write where, what is held, what is evicted.
+
+The core owns the node's books. It never sees a payload byte, never waits and never
+reads a clock: shells call it from one thread with the time and carry out what it
+answers. Capacity = held + reserved + quarantined + free, to the byte, at all times.
+
+A deadline ends a promise, not an extent. An extent that somebody may still touch
+(a reservation not yet given back, a lease not yet released) is never used again
+before that session lets go of it or ends; meanwhile it is quarantined.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvfabric.errors import Denied, Refused
+from kvfabric.types import Key, NamespaceId, Status
+
+from kvfabric_nodes.extents import Extent, Extents, Pool, Segment, slot_bytes
+from kvfabric_nodes.shards import Shard, Shards
+from kvfabric_nodes.story import Story
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One key of a reservation, granted."""
+
+    key: Key
+    parent: Key | None
+    size_bytes: int
+    extent: Extent
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    id: int
+    session: Session
+    namespace: NamespaceId
+    layers: int
+    ttl_s: float
+    deadline_s: float
+    items: dict[int, Item]  # by index in the request; settled ones are gone
+    expired: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    id: int
+    session: Session
+    shards: list[Shard]
+    deadline_s: float
+    granted_s: float
+    size_bytes: int
+    expired: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A client as the core knows it. Everything it holds ends with it."""
+
+    id: int
+    tenant: str
+    principal: str
+    checked: bool = True  # checksums are computed, sent and verified
+    namespaces: set[NamespaceId] = field(default_factory=set)
+    reservations: dict[int, Reservation] = field(default_factory=dict)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    mapped: set[int] = field(default_factory=set)  # segments whose descriptor it was given
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The answer to one key of a `reserve`."""
+
+    status: Status
+    extent: Extent | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every limit of a session's calls, by name."""
+
+    batch_keys: int = 4096
+    deadline_s: float = 600.0
+    reservations: int = 1024  # per session
+    leases: int = 4096  # per session
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Bytes of the dram tier."""
+
+    capacity_bytes: int
+    held_bytes: int
+    reserved_bytes: int
+    quarantined_bytes: int
+    free_bytes: int
+    wasted_bytes: int
+    shards: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the core counts; the metrics' names are kvfabric_node_<field>_total."""
+
+    hits: int = 0
+    misses: int = 0
+    commits: int = 0
+    evicted_shards: int = 0
+    evicted_bytes: int = 0
+    expired_shards: int = 0
+    expired_reservations: int = 0
+    expired_leases: int = 0
+
+
+class NodeCore:
+    """See the module. All times are seconds of one monotonic clock."""
+
+    def __init__(self, extents: Extents, limits: Limits | None = None) -> None:
+        self.extents = extents
+        self.limits = limits or Limits()
+        self.shards = Shards()
+        self.story = Story()
+        self.tally = Tally()
+        self.sessions: dict[int, Session] = {}
+        self.added: dict[tuple[NamespaceId, Key], Shard] = {}  # since the last heartbeat
+        self.removed: dict[tuple[NamespaceId, Key], None] = {}
+        self.inventory_hash = 0
+        self._held_bytes = 0
+        self._reserved_bytes = 0
+        self._quarantined_bytes = 0
+        self._writing: dict[tuple[NamespaceId, Key], Reservation] = {}
+        self._deadlines: list[tuple[float, int, Reservation | Lease | Shard]] = []
+        self._ids = 0
+        self._turned_over: dict[Pool, int] = {}  # evictions since the last slab was moved
+
+    # Sessions -----------------------------------------------------------------
+
+    def open_session(self, tenant: str, principal: str, *, checked: bool = True) -> Session:
+        session = Session(self._next_id(), tenant, principal, checked)
+        self.sessions[session.id] = session
+        return session
+
+    def close_session(self, session: Session) -> list[int]:
+        """Takes back all it held. To be called once nobody touches its extents any more.
+
+        Answers the retired segments that nobody maps any more: replace their memory.
+        """
+        for reservation in list(session.reservations.values()):
+            for index in list(reservation.items):
+                self._give_back(reservation, index)
+        for lease in list(session.leases.values()):
+            self._let_go(lease)
+        session.mapped.clear()
+        self.sessions.pop(session.id, None)
+        return self.unreachable_segments()
+
+    def unreachable_segments(self) -> list[int]:
+        """Retired segments that no session maps."""
+        mapped = set().union(*(s.mapped for s in self.sessions.values())) if self.sessions else ()
+        return [segment for segment in self.extents.retired if segment not in mapped]
+
+    # Writing ------------------------------------------------------------------
+
+    def reserve(
+        self,
+        session: Session,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        parents: Sequence[Key | None],
+        sizes: Sequence[int],
+        layers: int,
+        deadline_s: float,
+        ttl_s: float,
+        now_s: float,
+    ) -> tuple[Reservation | None, list[Grant]]:
+        """Space for each key until `deadline_s` from now; None where no key was granted."""
+        self.admit(session, namespace, len(keys))
+        if len(session.reservations) >= self.limits.reservations:
+            raise Refused(
+                f"this session has {len(session.reservations)} reservations open; "
+                "commit or abort some first"
+            )
+        deadline_s = now_s + self.bounded(deadline_s)
+        reservation = Reservation(
+            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}
+        )
+        grants: list[Grant] = []
+        for index, (key, parent, size_bytes) in enumerate(zip(keys, parents, sizes, strict=True)):
+            grant = self._reserve_one(reservation, key, size_bytes, now_s)
+            grants.append(grant)
+            if grant.extent is not None:
+                reservation.items[index] = Item(key, parent, size_bytes, grant.extent)
+        if not reservation.items:
+            return None, grants
+        session.reservations[reservation.id] = reservation
+        self._remind(reservation.deadline_s, reservation)
+        return reservation, grants
+
+    def _reserve_one(
+        self, reservation: Reservation, key: Key, size_bytes: int, now_s: float
+    ) -> Grant:
+        namespace = reservation.namespace
+        if self.shards.get(namespace, key) is not None:
+            return Grant(Status.EXISTS)
+        if (namespace, key) in self._writing:
+            return Grant(Status.EXISTS, reason="is being written by another reservation")
+        if size_bytes > self.extents.segment_bytes:
+            return Grant(
+                Status.REFUSED,
+                reason=f"{size_bytes} bytes do not fit into a segment of "
+                f"{self.extents.segment_bytes}; give the node larger segments or smaller shards",
+            )
+        tenant = reservation.session.tenant
+        extent = self._find_room(tenant, size_bytes, now_s)
+        if extent is None:
+            return Grant(Status.RETRY, reason=self._why_full(size_bytes))
+        self._reserved_bytes += extent.size_bytes
+        self._writing[namespace, key] = reservation
+        return Grant(Status.OK, extent)
+
+    def reservation(self, session: Session, reservation_id: int) -> Reservation:
+        found = session.reservations.get(reservation_id)
+        if found is None:
+            raise Refused(
+                f"this session has no reservation {reservation_id}: it was committed or aborted "
+                "before, or never granted; reserve again"
+            )
+        return found
+
+    def seal(
+        self,
+        reservation: Reservation,
+        index: int,
+        checksums: Sequence[int],
+        now_s: float,
+    ) -> Grant:
+        """Makes one filled and verified key visible to readers; its reservation ends."""
+        item = reservation.items.get(index)
+        if item is None:
+            return Grant(Status.REFUSED, reason="was not granted, or is settled already")
+        if reservation.expired:
+            self._give_back(reservation, index)
+            return Grant(
+                Status.REFUSED, reason="came after its deadline; reserve again, with a longer one"
+            )
+        self._settle(reservation, index)
+        extent = item.extent
+        self._reserved_bytes -= extent.size_bytes
+        self._held_bytes += extent.size_bytes
+        shard = Shard(
+            namespace=reservation.namespace,
+            key=item.key,
+            parent=item.parent,
+            pool=(reservation.session.tenant, extent.size_bytes),
+            extent=extent,
+            size_bytes=item.size_bytes,
+            layers=reservation.layers if checksums else 0,
+            checksums=tuple(checksums),
+            owner=reservation.session.principal,
+            expires_s=now_s + reservation.ttl_s if reservation.ttl_s else None,
+        )
+        self.shards.add(shard)
+        self._report_added(shard)
+        if shard.expires_s is not None:
+            self._remind(shard.expires_s, shard)
+        self.tally.commits += 1
+        self.story.note(now_s, shard.namespace, shard.key, "committed", f"by {shard.owner}")
+        return Grant(Status.OK, extent)
+
+    def reject(self, reservation: Reservation, index: int, reason: str, now_s: float) -> Grant:
+        """Frees one key of a reservation whose fill was found wrong."""
+        item = reservation.items.get(index)
+        if item is None:
+            return Grant(Status.REFUSED, reason="was not granted, or is settled already")
+        self.story.note(now_s, reservation.namespace, item.key, "refused", reason)
+        self._give_back(reservation, index)
+        return Grant(Status.REFUSED, reason=reason)
+
+    def abort(self, reservation: Reservation, indices: Iterable[int] = ()) -> None:
+        """The writer gives back what it reserved, all of it by default."""
+        for index in list(indices) or list(reservation.items):
+            if index in reservation.items:
+                self._give_back(reservation, index)
+
+    # Reading ------------------------------------------------------------------
+
+    def match(self, session: Session, namespace: NamespaceId, keys: Sequence[Key]) -> int:
+        """How many of the first keys are held here; they count as used."""
+        self.admit(session, namespace, len(keys))
+        room = self.shards.room(namespace)
+        use = self.shards.next_use()
+        matched = 0
+        for key in keys:
+            shard = room.get(key)
+            if shard is None:
+                break
+            shard.last_used = use
+            matched += 1
+        return matched
+
+    def acquire(
+        self,
+        session: Session,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        lease_s: float,
+        now_s: float,
+    ) -> tuple[Lease | None, list[Shard | None]]:
+        """One lease over all keys that are held here; None where there are none."""
+        self.admit(session, namespace, len(keys))
+        if len(session.leases) >= self.limits.leases:
+            raise Refused(
+                f"this session holds {len(session.leases)} leases; release some views first"
+            )
+        room = self.shards.room(namespace)
+        use = self.shards.next_use()
+        found = [room.get(key) for key in keys]
+        held = [shard for shard in found if shard is not None]
+        self.tally.hits += len(held)
+        self.tally.misses += len(keys) - len(held)
+        if not held:
+            return None, found
+        size_bytes = 0
+        for shard in held:
+            shard.last_used = use
+            shard.leases += 1
+            shard.extent.holders += 1
+            size_bytes += shard.size_bytes
+        lease = Lease(
+            self._next_id(), session, held, now_s + self.bounded(lease_s), now_s, size_bytes
+        )
+        session.leases[lease.id] = lease
+        self._remind(lease.deadline_s, lease)
+        return lease, found
+
+    def renew(self, session: Session, lease_id: int, lease_s: float, now_s: float) -> None:
+        lease = self.lease(session, lease_id)
+        if lease.expired:
+            raise Refused(f"lease {lease_id} has expired; acquire again and renew it sooner")
+        lease.deadline_s = now_s + self.bounded(lease_s)
+        self._remind(lease.deadline_s, lease)
+
+    def lease(self, session: Session, lease_id: int) -> Lease:
+        found = session.leases.get(lease_id)
+        if found is None:
+            raise Refused(f"this session has no lease {lease_id}; it was released before")
+        return found
+
+    def release(self, session: Session, lease_ids: Iterable[int]) -> list[Lease]:
+        """The reader lets go; unknown leases are ignored, so that it is safe to repeat."""
+        leases = [session.leases[i] for i in lease_ids if i in session.leases]
+        for lease in leases:
+            self._let_go(lease)
+        return leases
+
+    # Keeping and erasing --------------------------------------------------------
+
+    def pin(
+        self, session: Session, namespace: NamespaceId, keys: Sequence[Key], pinned: bool
+    ) -> list[Status]:
+        """Keeps shards until unpinned; safe to repeat."""
+        self.admit(session, namespace, len(keys))
+        statuses: list[Status] = []
+        for key in keys:
+            shard = self.shards.get(namespace, key)
+            statuses.append(Status.MISS if shard is None else Status.OK)
+            if shard is not None:
+                shard.pinned = pinned
+                self.shards.consider(shard)
+        return statuses
+
+    def purge(
+        self,
+        session: Session,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        owner: str,
+        now_s: float,
+    ) -> tuple[int, int]:
+        """Erases (shards, bytes): the whole namespace, or keys with all that continues them."""
+        self.admit(session, namespace, len(keys))
+        chosen: dict[Key, Shard] = {}
+        if keys:
+            for key in keys:
+                shard = self.shards.get(namespace, key)
+                if shard is not None and key not in chosen:
+                    chosen[key] = shard
+                    chosen.update((s.key, s) for s in self.shards.descendants(shard))
+        else:
+            chosen.update(self.shards.room(namespace))
+        victims = [s for s in chosen.values() if owner in ("", s.owner)]
+        for shard in reversed(victims):
+            self.drop(shard, "purged", f"by {session.principal}", now_s)
+        return len(victims), sum(s.size_bytes for s in victims)
+
+    def drop(self, shard: Shard, what: str, why: str, now_s: float) -> None:
+        """Out of the index at once; the bytes are free when nobody touches them any more."""
+        self.shards.remove(shard)
+        self._report_removed(shard)
+        self.story.note(now_s, shard.namespace, shard.key, what, why)
+        extent = shard.extent
+        self._held_bytes -= extent.size_bytes
+        if extent.holders:
+            self._quarantined_bytes += extent.size_bytes
+        else:
+            self.extents.free(extent)
+
+    # Time -----------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> None:
+        """Ends every promise whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            deadline_s, _, promise = heapq.heappop(self._deadlines)
+            if isinstance(promise, Reservation):
+                self._expire_reservation(promise)
+            elif isinstance(promise, Lease):
+                if promise.deadline_s <= deadline_s and promise.id in promise.session.leases:
+                    self._expire_lease(promise)
+            elif promise.present:
+                self.tally.expired_shards += 1
+                self.drop(promise, "expired", "its time to live ended", now_s)
+
+    def next_deadline_s(self) -> float | None:
+        return self._deadlines[0][0] if self._deadlines else None
+
+    # The books ------------------------------------------------------------------
+
+    def books(self) -> Books:
+        retired = sum(s.size_bytes for s in self.extents.retired.values())
+        quarantined = self._quarantined_bytes + retired
+        capacity = self.extents.capacity_bytes
+        return Books(
+            capacity_bytes=capacity,
+            held_bytes=self._held_bytes,
+            reserved_bytes=self._reserved_bytes,
+            quarantined_bytes=quarantined,
+            free_bytes=capacity - self._held_bytes - self._reserved_bytes - quarantined,
+            wasted_bytes=self.extents.wasted_bytes() + self._held_bytes - self.shards.size_bytes,
+            shards=self.shards.count,
+        )
+
+    def check(self) -> None:
+        """Proves the books to the byte, from the extents up."""
+        self.extents.check()
+        self.shards.check()
+        reserved: dict[int, Extent] = {}
+        quarantined: dict[int, Extent] = {}
+        holders: dict[int, int] = {}
+        for session in self.sessions.values():
+            for reservation in session.reservations.values():
+                assert reservation.items, f"reservation {reservation.id} is empty"
+                for item in reservation.items.values():
+                    (quarantined if reservation.expired else reserved)[id(item.extent)] = (
+                        item.extent
+                    )
+                    writer = self._writing.get((reservation.namespace, item.key))
+                    assert reservation.expired or writer is reservation
+            for lease in session.leases.values():
+                for shard in lease.shards:
+                    holders[id(shard.extent)] = holders.get(id(shard.extent), 0) + 1
+                    if not shard.present:
+                        quarantined[id(shard.extent)] = shard.extent
+        assert len(self._writing) == len(reserved)
+        held = {id(shard.extent): shard.extent for shard in self.shards}
+        used = {id(e): e for s in self.extents.segments.values() for e in s.used.values()}
+        assert held.keys() | reserved.keys() | quarantined.keys() == used.keys()
+        assert len(held) + len(reserved) + len(quarantined) == len(used)
+        assert all(e.holders == holders.get(key, 0) for key, e in used.items())
+        assert self._held_bytes == sum(e.size_bytes for e in held.values())
+        assert self._reserved_bytes == sum(e.size_bytes for e in reserved.values())
+        assert self._quarantined_bytes == sum(e.size_bytes for e in quarantined.values())
+        assert self.books().free_bytes >= 0
+        keys = (int.from_bytes(shard.key[:8], "little") for shard in self.shards)
+        assert self.inventory_hash == sum(keys) % (1 << 64)
+
+    # Inside -----------------------------------------------------------------------
+
+    def admit(self, session: Session, namespace: NamespaceId, keys: int) -> None:
+        """Refuses what no call may do: another's namespace, too large a batch."""
+        if namespace not in session.namespaces:
+            raise Denied(
+                f"namespace {namespace.hex()[:16] or '(none)'} is not open in this session; "
+                "name it in Hello, under the session's own tenant"
+            )
+        if keys > self.limits.batch_keys:
+            raise Refused(f"{keys} keys in one batch; the limit is {self.limits.batch_keys}")
+
+    def bounded(self, promise_s: float) -> float:
+        """A deadline within the limit; callers are told what they were granted."""
+        return min(promise_s, self.limits.deadline_s)
+
+    def _next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def _remind(self, at_s: float, promise: Reservation | Lease | Shard) -> None:
+        heapq.heappush(self._deadlines, (at_s, self._next_id(), promise))
+
+    def _settle(self, reservation: Reservation, index: int) -> Item:
+        """One item leaves its reservation; an empty reservation leaves its session."""
+        item = reservation.items.pop(index)
+        if not reservation.expired:
+            del self._writing[reservation.namespace, item.key]
+        if not reservation.items:
+            del reservation.session.reservations[reservation.id]
+        return item
+
+    def _give_back(self, reservation: Reservation, index: int) -> None:
+        extent = self._settle(reservation, index).extent
+        if reservation.expired:
+            self._quarantined_bytes -= extent.size_bytes
+        else:
+            self._reserved_bytes -= extent.size_bytes
+        self.extents.free(extent)
+
+    def _expire_reservation(self, reservation: Reservation) -> None:
+        if reservation.id not in reservation.session.reservations:
+            return
+        reservation.expired = True
+        self.tally.expired_reservations += 1
+        for item in reservation.items.values():
+            del self._writing[reservation.namespace, item.key]
+            self._reserved_bytes -= item.extent.size_bytes
+            self._quarantined_bytes += item.extent.size_bytes
+
+    def _expire_lease(self, lease: Lease) -> None:
+        if lease.expired:
+            return
+        lease.expired = True
+        self.tally.expired_leases += 1
+        for shard in lease.shards:
+            shard.leases -= 1
+
+    def _let_go(self, lease: Lease) -> None:
+        del lease.session.leases[lease.id]
+        for shard in lease.shards:
+            if not lease.expired:
+                shard.leases -= 1
+            shard.extent.holders -= 1
+            if shard.present:
+                self.shards.consider(shard)
+            elif not shard.extent.holders:
+                self._quarantined_bytes -= shard.extent.size_bytes
+                self.extents.free(shard.extent)
+
+    def _report_added(self, shard: Shard) -> None:
+        self.inventory_hash += int.from_bytes(shard.key[:8], "little")
+        self.inventory_hash &= (1 << 64) - 1
+        self.removed.pop((shard.namespace, shard.key), None)
+        self.added[shard.namespace, shard.key] = shard
+
+    def _report_removed(self, shard: Shard) -> None:
+        self.inventory_hash -= int.from_bytes(shard.key[:8], "little")
+        self.inventory_hash &= (1 << 64) - 1
+        self.added.pop((shard.namespace, shard.key), None)
+        self.removed[shard.namespace, shard.key] = None
+
+    def _find_room(self, tenant: str, size_bytes: int, now_s: float) -> Extent | None:
+        """An extent, after evicting the coldest where there is none."""
+        extent = self.extents.allocate(tenant, size_bytes)
+        while extent is None and self._make_room((tenant, slot_bytes(size_bytes)), now_s):
+            extent = self.extents.allocate(tenant, size_bytes)
+        return extent
+
+    def _make_room(self, pool: Pool, now_s: float) -> bool:
+        """Evicts one shard of the pool, or empties a slab of another; False: nothing can go."""
+        victim = self.shards.coldest(pool)
+        slots = self.extents.segment_bytes // pool[1]
+        if victim is None or self._turned_over.get(pool, 0) >= slots:
+            # The pool has nothing to give, or turned over a whole slab's worth of its own:
+            # time to see whether demand has shifted to it from a pool that lies colder.
+            self._turned_over[pool] = 0
+            slab = self._coldest_slab(pool, victim.last_used if victim else None)
+            if slab is not None:
+                self._empty(slab, pool, now_s)
+                return True
+        if victim is None:
+            return False
+        self._turned_over[pool] = self._turned_over.get(pool, 0) + 1
+        self._evict(victim, "the coldest leaf of its sub-pool", now_s)
+        return True
+
+    def _coldest_slab(self, pool: Pool, older_than: int | None) -> Segment | None:
+        """The slab outside `pool` whose latest use is longest ago, if all of it can go.
+
+        It must lie colder than the pool's own coldest shard (`older_than`), else moving
+        it would throw away the warmer bytes.
+        """
+        by_slab: dict[int, list[Shard]] = {}
+        for shard in self.shards:
+            if shard.pool != pool and shard.pool[0] == pool[0]:
+                by_slab.setdefault(shard.extent.segment, []).append(shard)
+        best: tuple[int, Segment] | None = None
+        for segment_id, shards in by_slab.items():
+            segment = self.extents.segments[segment_id]
+            if len(shards) < len(segment.used):
+                continue  # reserved or quarantined extents lie there
+            if any(shard.pinned or shard.extent.holders for shard in shards):
+                continue
+            latest = max(shard.last_used for shard in shards)
+            if older_than is not None and latest >= older_than:
+                continue
+            if best is None or latest < best[0]:
+                best = (latest, segment)
+        return best[1] if best else None
+
+    def _empty(self, slab: Segment, pool: Pool, now_s: float) -> None:
+        """Evicts every shard of a slab, and what continues them first."""
+        inside = [s for s in self.shards if s.extent.segment == slab.id]
+        why = f"its slab moves to shards of {pool[1]} bytes"
+        for shard in inside:
+            for descendant in reversed(self.shards.descendants(shard)):
+                if self.shards.evictable(descendant):
+                    self._evict(descendant, why, now_s)
+            if shard.present:
+                self._evict(shard, why, now_s)
+
+    def _evict(self, shard: Shard, why: str, now_s: float) -> None:
+        self.tally.evicted_shards += 1
+        self.tally.evicted_bytes += shard.size_bytes
+        self.drop(shard, "evicted", why, now_s)
+
+    def _why_full(self, size_bytes: int) -> str:
+        books = self.books()
+        return (
+            f"no room for {size_bytes} bytes: of {books.capacity_bytes}, {books.held_bytes} are "
+            f"held by leases, pins or other shard sizes, {books.reserved_bytes} reserved, "
+            f"{books.quarantined_bytes} quarantined until their clients let go; unpin or release "
+            "some, or give the node more memory"
+        )
