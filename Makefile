@@ -45,12 +45,15 @@ lint: $(READY) ## Runs only the standards: ruff, mypy, import-linter, buf, stubs
 bench: $(READY) ## Measures the data path against this machine's limits
 	$(BIN)/kvfabric bench $(ARGS)
 
+# Enum values are plain ints in the stubs, so that our IntEnums may stand for them.
 stubs: $(READY) ## Regenerates the Python stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto \
 		--python_out=$(STUBS_OUT) --grpc_python_out=$(STUBS_OUT) \
 		--mypy_out=quiet:$(STUBS_OUT) --mypy_grpc_out=quiet:$(STUBS_OUT) \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc $(PROTOS)
+	@sed -i 's/ ValueType = _typing.NewType("ValueType", _builtins.int)/ ValueType: _TypeAlias = _builtins.int/' \
+		$(STUBS_OUT)/kvfabric/rpc/v1/*_pb2.pyi
 
 baseline: $(READY) ## Makes the protocol as it is now the one that must not be broken
 	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb

@@ -22,7 +22,7 @@ from kvfabric.rpc.v1 import types_pb2
 class FabricError(Exception):
     """Base of all; its text says what happened and what to do about it."""
 
-    code: types_pb2.ErrorCode = types_pb2.ERROR_CODE_BROKEN
+    code: types_pb2.ErrorCode.ValueType = types_pb2.ERROR_CODE_BROKEN
 
 
 class Refused(FabricError):

@@ -22,7 +22,7 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _Tier:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
+    ValueType: _TypeAlias = _builtins.int
     V: _TypeAlias = ValueType  # noqa: Y015
 
 class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
@@ -48,7 +48,7 @@ TIER_FILE: Tier.ValueType  # 3
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
 class _Status:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
+    ValueType: _TypeAlias = _builtins.int
     V: _TypeAlias = ValueType  # noqa: Y015
 
 class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Status.ValueType], _builtins.type):
@@ -82,7 +82,7 @@ STATUS_RETRY: Status.ValueType  # 5
 Global___Status: _TypeAlias = Status  # noqa: Y015
 
 class _ErrorCode:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
+    ValueType: _TypeAlias = _builtins.int
     V: _TypeAlias = ValueType  # noqa: Y015
 
 class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.ValueType], _builtins.type):
