@@ -1,0 +1,85 @@
+"""The bench's own child processes: started with one line of JSON, ended with their input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import IO, Self
+
+from kvfabric.errors import Unreachable
+
+END_TIMEOUT_S = 10.0
+
+
+class Child:
+    """`python -m MODULE ARGS`, in the bench's environment, so with the same settings.
+
+    `ready` is the object that the child printed as its first line. Leaving the context
+    closes its input, then asks, then kills, each within END_TIMEOUT_S.
+    """
+
+    def __init__(self, module: str, *args: str, start_timeout_s: float = 60.0) -> None:
+        self._name = module
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            self.ready = self._first_line(start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        self._stream(self._process.stdin).close()
+        for end in (self._process.terminate, self._process.kill):
+            try:
+                self._process.wait(END_TIMEOUT_S)
+                break
+            except subprocess.TimeoutExpired:
+                end()
+        self._process.wait()
+        self._stream(self._process.stdout).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _first_line(self, timeout_s: float) -> dict[str, object]:
+        # readline has no deadline of its own: past it, the child's end ends the reading.
+        alarm = threading.Timer(timeout_s, self._process.kill)
+        alarm.start()
+        try:
+            line = self._stream(self._process.stdout).readline()
+            ready = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise Unreachable(
+                f"{self._name} did not start within {timeout_s:g} s; run "
+                f"`python -m {self._name}` to see why"
+            ) from error
+        finally:
+            alarm.cancel()
+        if not isinstance(ready, dict):
+            raise Unreachable(f"{self._name} began with {line!r} instead of a JSON object")
+        return ready
+
+    @staticmethod
+    def _stream(stream: IO[str] | None) -> IO[str]:
+        assert stream is not None  # both were asked for as pipes
+        return stream
