@@ -129,6 +129,8 @@ class NodeCore:
         self.added: dict[tuple[NamespaceId, Key], Shard] = {}  # since the last heartbeat
         self.removed: dict[tuple[NamespaceId, Key], None] = {}
         self.inventory_hash = 0
+        self.pins = 0
+        self.recycled: list[tuple[int, int]] = []  # (old, new) segments: give them fresh memory
         self._held_bytes = 0
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
@@ -144,11 +146,8 @@ class NodeCore:
         self.sessions[session.id] = session
         return session
 
-    def close_session(self, session: Session) -> list[int]:
-        """Takes back all it held. To be called once nobody touches its extents any more.
-
-        Answers the retired segments that nobody maps any more: replace their memory.
-        """
+    def close_session(self, session: Session) -> None:
+        """Takes back all it held. To be called once nobody touches its extents any more."""
         for reservation in list(session.reservations.values()):
             for index in list(reservation.items):
                 self._give_back(reservation, index)
@@ -156,12 +155,20 @@ class NodeCore:
             self._let_go(lease)
         session.mapped.clear()
         self.sessions.pop(session.id, None)
-        return self.unreachable_segments()
+        self._recycle()
 
-    def unreachable_segments(self) -> list[int]:
-        """Retired segments that no session maps."""
-        mapped = set().union(*(s.mapped for s in self.sessions.values())) if self.sessions else ()
-        return [segment for segment in self.extents.retired if segment not in mapped]
+    def unmapped(self, session: Session, segments: Iterable[int]) -> None:
+        """The session's client no longer maps these."""
+        session.mapped.difference_update(segments)
+        self._recycle()
+
+    def _recycle(self) -> None:
+        """Retired segments that nobody maps any more come back as fresh ones."""
+        if not self.extents.retired:
+            return
+        mapped: set[int] = set().union(*(s.mapped for s in self.sessions.values()))
+        for segment in [s for s in self.extents.retired if s not in mapped]:
+            self.recycled.append((segment, self.extents.replace(segment).id))
 
     # Writing ------------------------------------------------------------------
 
@@ -327,7 +334,6 @@ class NodeCore:
         size_bytes = 0
         for shard in held:
             shard.last_used = use
-            shard.leases += 1
             shard.extent.holders += 1
             size_bytes += shard.size_bytes
         lease = Lease(
@@ -359,16 +365,30 @@ class NodeCore:
 
     # Keeping and erasing --------------------------------------------------------
 
-    def pin(
-        self, session: Session, namespace: NamespaceId, keys: Sequence[Key], pinned: bool
+    def pin(self, session: Session, namespace: NamespaceId, keys: Sequence[Key]) -> list[Status]:
+        """Keeps shards, past their time to live too, until unpinned; safe to repeat."""
+        return self._set_pins(session, namespace, keys, pinned=True)
+
+    def unpin(
+        self, session: Session, namespace: NamespaceId, keys: Sequence[Key], now_s: float
     ) -> list[Status]:
-        """Keeps shards until unpinned; safe to repeat."""
+        statuses = self._set_pins(session, namespace, keys, pinned=False)
+        for key in keys:
+            shard = self.shards.get(namespace, key)
+            if shard is not None and shard.expires_s is not None:
+                self._remind(max(now_s, shard.expires_s), shard)
+        return statuses
+
+    def _set_pins(
+        self, session: Session, namespace: NamespaceId, keys: Sequence[Key], *, pinned: bool
+    ) -> list[Status]:
         self.admit(session, namespace, len(keys))
         statuses: list[Status] = []
         for key in keys:
             shard = self.shards.get(namespace, key)
             statuses.append(Status.MISS if shard is None else Status.OK)
             if shard is not None:
+                self.pins += pinned - shard.pinned
                 shard.pinned = pinned
                 self.shards.consider(shard)
         return statuses
@@ -403,6 +423,7 @@ class NodeCore:
         self._report_removed(shard)
         self.story.note(now_s, shard.namespace, shard.key, what, why)
         extent = shard.extent
+        self.pins -= shard.pinned
         self._held_bytes -= extent.size_bytes
         if extent.holders:
             self._quarantined_bytes += extent.size_bytes
@@ -420,7 +441,7 @@ class NodeCore:
             elif isinstance(promise, Lease):
                 if promise.deadline_s <= deadline_s and promise.id in promise.session.leases:
                     self._expire_lease(promise)
-            elif promise.present:
+            elif promise.present and not promise.pinned:
                 self.tally.expired_shards += 1
                 self.drop(promise, "expired", "its time to live ended", now_s)
 
@@ -454,9 +475,8 @@ class NodeCore:
             for reservation in session.reservations.values():
                 assert reservation.items, f"reservation {reservation.id} is empty"
                 for item in reservation.items.values():
-                    (quarantined if reservation.expired else reserved)[id(item.extent)] = (
-                        item.extent
-                    )
+                    extents = quarantined if reservation.expired else reserved
+                    extents[id(item.extent)] = item.extent
                     writer = self._writing.get((reservation.namespace, item.key))
                     assert reservation.expired or writer is reservation
             for lease in session.leases.values():
@@ -475,6 +495,7 @@ class NodeCore:
         assert self._quarantined_bytes == sum(e.size_bytes for e in quarantined.values())
         assert self.books().free_bytes >= 0
         keys = (int.from_bytes(shard.key[:8], "little") for shard in self.shards)
+        assert self.pins == sum(shard.pinned for shard in self.shards)
         assert self.inventory_hash == sum(keys) % (1 << 64)
 
     # Inside -----------------------------------------------------------------------
@@ -532,14 +553,10 @@ class NodeCore:
             return
         lease.expired = True
         self.tally.expired_leases += 1
-        for shard in lease.shards:
-            shard.leases -= 1
 
     def _let_go(self, lease: Lease) -> None:
         del lease.session.leases[lease.id]
         for shard in lease.shards:
-            if not lease.expired:
-                shard.leases -= 1
             shard.extent.holders -= 1
             if shard.present:
                 self.shards.consider(shard)
@@ -562,6 +579,9 @@ class NodeCore:
     def _find_room(self, tenant: str, size_bytes: int, now_s: float) -> Extent | None:
         """An extent, after evicting the coldest where there is none."""
         extent = self.extents.allocate(tenant, size_bytes)
+        if extent is None and self.extents.retire_empty(tenant) is not None:
+            self._recycle()
+            extent = self.extents.allocate(tenant, size_bytes)
         while extent is None and self._make_room((tenant, slot_bytes(size_bytes)), now_s):
             extent = self.extents.allocate(tenant, size_bytes)
         return extent

@@ -31,7 +31,6 @@ class Shard:
     owner: str
     expires_s: float | None
     last_used: int = 0
-    leases: int = 0
     pinned: bool = False
     queued: bool = False  # has an entry in its pool's heap
     present: bool = True
@@ -172,6 +171,5 @@ class Shards:
         queued = {id(shard) for queue in self._queues.values() for _, _, shard in queue}
         for shard in self:
             assert shard.present
-            assert shard.leases <= shard.extent.holders
             assert shard.queued == (id(shard) in queued)
             assert shard.queued or not self.evictable(shard), f"{shard.key.hex()} is forgotten"

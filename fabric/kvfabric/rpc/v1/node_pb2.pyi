@@ -862,11 +862,8 @@ class ReadRequest(_message.Message):
 
     NAMESPACE_ID_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
-    CREDITS_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.bytes
-    credits: _builtins.int
-    """chunks that may be under way at once; 0: the node's choice"""
     deadline_ms: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
@@ -875,12 +872,11 @@ class ReadRequest(_message.Message):
         *,
         namespace_id: _builtins.bytes = ...,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
-        credits: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "deadline_ms", b"deadline_ms", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

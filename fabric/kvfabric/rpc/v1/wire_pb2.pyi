@@ -63,13 +63,12 @@ class Frame(_message.Message):
     READ_RESPONSE_FIELD_NUMBER: _builtins.int
     WRITE_REQUEST_FIELD_NUMBER: _builtins.int
     WRITE_RESPONSE_FIELD_NUMBER: _builtins.int
-    CREDIT_REQUEST_FIELD_NUMBER: _builtins.int
+    VERIFY_REQUEST_FIELD_NUMBER: _builtins.int
+    VERIFY_RESPONSE_FIELD_NUMBER: _builtins.int
     MAP_REQUEST_FIELD_NUMBER: _builtins.int
     MAP_RESPONSE_FIELD_NUMBER: _builtins.int
     UNMAP_REQUEST_FIELD_NUMBER: _builtins.int
     UNMAP_RESPONSE_FIELD_NUMBER: _builtins.int
-    VERIFY_REQUEST_FIELD_NUMBER: _builtins.int
-    VERIFY_RESPONSE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def retired_segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -138,7 +137,9 @@ class Frame(_message.Message):
     @_builtins.property
     def write_response(self) -> _node_pb2.WriteResponse: ...
     @_builtins.property
-    def credit_request(self) -> Global___CreditRequest: ...
+    def verify_request(self) -> _node_pb2.VerifyRequest: ...
+    @_builtins.property
+    def verify_response(self) -> _node_pb2.VerifyResponse: ...
     @_builtins.property
     def map_request(self) -> Global___MapRequest: ...
     @_builtins.property
@@ -147,10 +148,6 @@ class Frame(_message.Message):
     def unmap_request(self) -> Global___UnmapRequest: ...
     @_builtins.property
     def unmap_response(self) -> Global___UnmapResponse: ...
-    @_builtins.property
-    def verify_request(self) -> _node_pb2.VerifyRequest: ...
-    @_builtins.property
-    def verify_response(self) -> _node_pb2.VerifyResponse: ...
     def __init__(
         self,
         *,
@@ -187,47 +184,22 @@ class Frame(_message.Message):
         read_response: _node_pb2.ReadResponse | None = ...,
         write_request: _node_pb2.WriteRequest | None = ...,
         write_response: _node_pb2.WriteResponse | None = ...,
-        credit_request: Global___CreditRequest | None = ...,
+        verify_request: _node_pb2.VerifyRequest | None = ...,
+        verify_response: _node_pb2.VerifyResponse | None = ...,
         map_request: Global___MapRequest | None = ...,
         map_response: Global___MapResponse | None = ...,
         unmap_request: Global___UnmapRequest | None = ...,
         unmap_response: Global___UnmapResponse | None = ...,
-        verify_request: _node_pb2.VerifyRequest | None = ...,
-        verify_response: _node_pb2.VerifyResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "credit_request", b"credit_request", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "credit_request", b"credit_request", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello_request", "hello_response", "match_request", "match_response", "reserve_request", "reserve_response", "commit_request", "commit_response", "abort_request", "abort_response", "acquire_request", "acquire_response", "renew_request", "renew_response", "release_request", "release_response", "pin_request", "pin_response", "unpin_request", "unpin_response", "purge_request", "purge_response", "stats_request", "stats_response", "explain_request", "explain_response", "read_request", "read_response", "write_request", "write_response", "credit_request", "map_request", "map_response", "unmap_request", "unmap_response", "verify_request", "verify_response"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello_request", "hello_response", "match_request", "match_response", "reserve_request", "reserve_response", "commit_request", "commit_response", "abort_request", "abort_response", "acquire_request", "acquire_response", "renew_request", "renew_response", "release_request", "release_response", "pin_request", "pin_response", "unpin_request", "unpin_response", "purge_request", "purge_response", "stats_request", "stats_response", "explain_request", "explain_response", "read_request", "read_response", "write_request", "write_response", "verify_request", "verify_response", "map_request", "map_response", "unmap_request", "unmap_response"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___Frame: _TypeAlias = Frame  # noqa: Y015
-
-@_typing.final
-class CreditRequest(_message.Message):
-    """The reader of request `read` took `chunks` chunks and has room for as many."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    READ_FIELD_NUMBER: _builtins.int
-    CHUNKS_FIELD_NUMBER: _builtins.int
-    read: _builtins.int
-    chunks: _builtins.int
-    def __init__(
-        self,
-        *,
-        read: _builtins.int = ...,
-        chunks: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "read", b"read"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CreditRequest: _TypeAlias = CreditRequest  # noqa: Y015
 
 @_typing.final
 class MapRequest(_message.Message):

@@ -1,0 +1,1 @@
+"""The wire: NodeService's messages as frames over unix and TCP sockets. See proto/README.md."""

@@ -1,0 +1,118 @@
+"""Blocking sockets with deadlines; foreign errors are translated here.
+
+Deadlines are moments of the monotonic clock. Every call here releases the GIL while
+it waits or copies.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
+from kvfabric.rpc.v1 import wire_pb2
+from kvfabric.wire import frames
+
+# Large enough for a bulk frame to be under way while the next one is prepared.
+BULK_BUFFER_BYTES = 4 << 20
+
+T = TypeVar("T")
+
+
+def connect(address: str, deadline_s: float, *, bulk: bool = False) -> socket.socket:
+    """Connects to "unix:PATH" or "tcp:HOST:PORT"."""
+    kind, _, rest = address.partition(":")
+    if kind == "unix" and rest:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        target: str | tuple[str, int] = rest
+    elif kind == "tcp" and rest.rpartition(":")[2].isdigit():
+        host, _, port = rest.rpartition(":")
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        target = (host.strip("[]"), int(port))
+    else:
+        raise Refused(f"address {address!r}: it must be unix:PATH or tcp:HOST:PORT")
+    if bulk:
+        enlarge(sock)
+    try:
+        _within(sock, deadline_s, sock.connect, target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Buffers for bulk frames; the kernel may grant less."""
+    if sock.family == socket.AF_UNIX:  # TCP tunes itself, better than a fixed size would
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BULK_BUFFER_BYTES)
+
+
+def send(sock: socket.socket, head: bytes, payload: memoryview | None, deadline_s: float) -> None:
+    """A packed frame and the payload that belongs behind it."""
+    if payload is None:
+        send_all(sock, memoryview(head), deadline_s)
+        return
+    count = _within(sock, deadline_s, sock.sendmsg, [head, payload])
+    send_all(sock, memoryview(head)[count:], deadline_s)
+    send_all(sock, payload[max(0, count - len(head)) :], deadline_s)
+
+
+def send_all(sock: socket.socket, data: memoryview, deadline_s: float) -> None:
+    while data:
+        data = data[_within(sock, deadline_s, sock.send, data) :]
+
+
+def receive_into(sock: socket.socket, place: memoryview, deadline_s: float) -> None:
+    """Fills `place`. Unreachable where the stream ends before."""
+    while place:
+        count = _within(sock, deadline_s, sock.recv_into, place)
+        if not count:
+            raise Unreachable("the peer closed the connection")
+        place = place[count:]
+
+
+def receive_some(sock: socket.socket, deadline_s: float) -> bytes:
+    """What there is, at least one byte. Unreachable where the stream has ended."""
+    data = _within(sock, deadline_s, sock.recv, 1 << 18)
+    if not data:
+        raise Unreachable("the peer closed the connection")
+    return data
+
+
+def receive_frame(
+    sock: socket.socket, scratch: memoryview, deadline_s: float
+) -> tuple[wire_pb2.Frame, int]:
+    """The next frame's header, and how many bytes of payload follow it."""
+    prefix = scratch[: frames.PREFIX.size]
+    receive_into(sock, prefix, deadline_s)
+    header_bytes, payload_bytes = frames.lengths(prefix)
+    header = scratch[:header_bytes]
+    receive_into(sock, header, deadline_s)
+    return frames.parse(header), payload_bytes
+
+
+def at_end(sock: socket.socket) -> bool:
+    """Whether the peer has closed: true at once after its process died."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argument: object) -> T:
+    """One socket call, with what is left until the deadline as its timeout."""
+    left_s = deadline_s - time.monotonic()
+    try:
+        if left_s <= 0:
+            raise TimeoutError
+        sock.settimeout(left_s)
+        return call(argument)
+    except TimeoutError as error:
+        raise DeadlineExceeded("the peer did not answer in time") from error
+    except OSError as error:
+        raise Unreachable(f"the connection failed: {error}") from error
