@@ -1,0 +1,1 @@
+"""Serving stacks as clients of the fabric: one file for each engine."""
