@@ -1,0 +1,292 @@
+"""`kvfabric up` and `kvfabric down` without their words to the user: no Ray is imported here."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from kvfabric import errors
+from kvfabric.cluster import processes, record
+from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan, Plan, to_json
+
+LOG_NAME = "up.log"
+TOKEN_NAME = "ray.token"
+LOCK_NAME = "up.lock"
+SILENCE_S = 120.0  # the launcher says what it does next at least this often
+# The launcher's own order: actors, Ray's nodes, the head. Measured: 1 to 3 s for two nodes.
+DOWN_DEADLINE_S = 20.0
+GRACE_S = 5.0  # between SIGTERM and SIGKILL for whatever is left
+KILL_S = 5.0  # from SIGKILL until it must be gone
+PROBE_S = 0.2
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A fabric that is up. In the foreground, `wait` returns when its launcher has ended."""
+
+    fabric: record.Fabric
+    launcher: subprocess.Popen[str] | None
+
+    def wait(self) -> int:
+        return self.launcher.wait() if self.launcher else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """What `down` found: a fabric or none, and how many processes had to be killed."""
+
+    found: bool
+    killed: int = 0
+
+
+def up_local(
+    runtime_dir: Path,
+    *,
+    nodes: int,
+    memory_bytes: int,
+    manager_port: int = 0,
+    attached: bool = False,
+    report: Report,
+) -> Up:
+    """Starts a Ray and a fabric of `nodes` memory nodes on this machine.
+
+    Attached, it goes down when this process ends, however that ends; else it stays. Raises
+    Conflict when one is up already, and whatever kept it from starting; then nothing of it
+    is left.
+    """
+    _need_ray()
+    with _locked(runtime_dir):
+        _refuse_second(runtime_dir)
+        mark = secrets.token_hex(8)
+        # Ray's socket names are long, and may have 107 bytes in all: so not in the runtime dir.
+        scratch = tempfile.mkdtemp(prefix="kvfabric-", dir="/tmp")
+        plan = LocalPlan(
+            runtime_dir=str(runtime_dir),
+            mark=mark,
+            scratch=scratch,
+            nodes=nodes,
+            memory_bytes=memory_bytes,
+            manager_port=manager_port,
+            attached=attached,
+        )
+        # Before anything starts, so that a `down` after a crash knows what to end.
+        record.write(runtime_dir, record.Fabric(manager="", ray="", mark=mark, scratch=scratch))
+        launcher = _launch(plan, runtime_dir, _ray_environment(runtime_dir, mark), attached)
+        try:
+            _follow(launcher, runtime_dir, report)
+        except BaseException:
+            _end_local(runtime_dir, mark, scratch)
+            raise
+    fabric = record.read(runtime_dir)
+    assert fabric is not None
+    return Up(fabric, launcher if attached else None)
+
+
+def up_joined(
+    runtime_dir: Path,
+    *,
+    address: str,
+    nodes: int,
+    memory_bytes: int,
+    manager_port: int,
+    report: Report,
+) -> Up:
+    """Starts a fabric in the Ray at `address`: an rManager on every node with our resource.
+
+    `nodes` is how many to wait for; 0 for those that are there now. Ray's settings, such as
+    RAY_AUTH_MODE and its token, are taken from the environment: they must be that Ray's.
+    """
+    _need_ray()
+    with _locked(runtime_dir):
+        _refuse_second(runtime_dir)
+        plan = JoinPlan(
+            runtime_dir=str(runtime_dir),
+            address=address,
+            nodes=nodes,
+            memory_bytes=memory_bytes,
+            manager_port=manager_port,
+        )
+        _follow(_launch(plan, runtime_dir, dict(os.environ), False), runtime_dir, report)
+    fabric = record.read(runtime_dir)
+    assert fabric is not None
+    return Up(fabric, None)
+
+
+def down(runtime_dir: Path, report: Report) -> Down:
+    """Ends what `up` started here, in order and within deadlines; safe to repeat.
+
+    Raises Broken if a process survives SIGKILL, and then leaves the record.
+    """
+    with _locked(runtime_dir):
+        fabric = record.read(runtime_dir)
+        if fabric is None:
+            return Down(found=False)
+        if fabric.mark:
+            return Down(found=True, killed=_end_local(runtime_dir, fabric.mark, fabric.scratch))
+        launcher = _launch(LeavePlan(fabric.ray), runtime_dir, dict(os.environ), False)
+        _follow(launcher, runtime_dir, report)
+        record.remove(runtime_dir)
+        return Down(found=True)
+
+
+def running(runtime_dir: Path) -> bool:
+    """Whether a fabric is up here, as far as this machine alone can tell."""
+    fabric = record.read(runtime_dir)
+    return fabric is not None and (not fabric.mark or bool(processes.marked(fabric.mark)))
+
+
+def stale_sockets(runtime_dir: Path) -> list[Path]:
+    """Sockets in the runtime directory at which nobody listens."""
+    return [path for path in sorted(runtime_dir.glob("*.sock")) if _nobody_listens(path)]
+
+
+def _need_ray() -> None:
+    missing = [name for name in ("ray", "kvfabric_nodes") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise errors.Unsupported(
+            f"{' and '.join(missing)} not installed here: pip install 'kvfabric[node]'"
+        )
+
+
+def _refuse_second(runtime_dir: Path) -> None:
+    fabric = record.read(runtime_dir)
+    if fabric is None:
+        return
+    if running(runtime_dir):
+        raise errors.Conflict(
+            f"a fabric is up already (manager {fabric.manager or 'not yet there'}, "
+            f"{len(fabric.nodes)} nodes): `kvfabric status` shows it, `kvfabric down` ends it"
+        )
+    _clean(runtime_dir, fabric.scratch)  # the machine was restarted, or everything was killed
+
+
+def _ray_environment(runtime_dir: Path, mark: str) -> dict[str, str]:
+    """What the launcher, and all that it starts, find in their environment.
+
+    The user's own Ray settings belong to other Rays and are left out.
+    """
+    token = runtime_dir / TOKEN_NAME
+    token.unlink(missing_ok=True)
+    with os.fdopen(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return own | {
+        processes.MARK_VARIABLE: mark,
+        "KVFABRIC_RUNTIME_DIR": str(runtime_dir),
+        "SPT_NOENV": "1",  # else Ray's process titles overwrite the environment, and the mark
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # leaves 127.0.0.1 alone: see launcher.py
+        "RAY_enable_worker_prestart": "0",  # only actors run here
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # an rManager's memory is taken on purpose
+    }
+
+
+def _launch(
+    plan: Plan, runtime_dir: Path, environment: dict[str, str], attached: bool
+) -> subprocess.Popen[str]:
+    with (runtime_dir / LOG_NAME).open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kvfabric.cluster.launcher", to_json(plan)],
+            env=environment,
+            stdin=subprocess.PIPE if attached else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to handle, in order
+        )
+
+
+def _follow(launcher: subprocess.Popen[str], runtime_dir: Path, report: Report) -> None:
+    """Passes the launcher's progress on until it is ready; raises what it failed with."""
+    assert launcher.stdout is not None
+    for line in _lines(launcher.stdout, SILENCE_S):
+        fields = json.loads(line)
+        if "step" in fields:
+            report(fields["step"])
+        elif "error" in fields:
+            kind: type[errors.FabricError] = getattr(errors, fields["kind"], errors.Broken)
+            raise kind(f"{fields['error']} (the whole story: {runtime_dir / LOG_NAME})")
+        else:
+            return
+    raise errors.Broken(f"the launcher ended without a word: see {runtime_dir / LOG_NAME}")
+
+
+def _lines(stream: IO[str], silence_s: float) -> Iterator[str]:
+    """The stream's lines, to its end; DeadlineExceeded when none comes for that long."""
+    descriptor, text = stream.fileno(), b""
+    while select.select([descriptor], [], [], silence_s)[0]:
+        piece = os.read(descriptor, 65536)
+        if not piece:
+            return
+        *whole, text = (text + piece).split(b"\n")
+        yield from (line.decode() for line in whole)
+    raise errors.DeadlineExceeded(f"no progress for {silence_s:g} s")
+
+
+def _end_local(runtime_dir: Path, mark: str, scratch: str) -> int:
+    """Ends all processes with that mark and removes what they left; says how many were killed."""
+    for launcher in processes.marked(mark)[:1]:  # the oldest: the others descend from it
+        processes.signal_one(launcher, mark, signal.SIGTERM)
+    processes.wait_until_gone(mark, time.monotonic() + DOWN_DEADLINE_S)
+    killed, rest = processes.end(mark, grace_s=GRACE_S, kill_s=KILL_S)
+    if rest:
+        raise errors.Broken(
+            f"processes {[process.pid for process in rest]} do not end, not even killed: they "
+            "wait in the kernel (see /proc/PID/stack); run `kvfabric down` again when they are gone"
+        )
+    _clean(runtime_dir, scratch)
+    return killed
+
+
+def _clean(runtime_dir: Path, scratch: str) -> None:
+    for path in stale_sockets(runtime_dir):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    (runtime_dir / TOKEN_NAME).unlink(missing_ok=True)
+    record.remove(runtime_dir)
+
+
+def _nobody_listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_S)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+@contextmanager
+def _locked(runtime_dir: Path) -> Iterator[None]:
+    """Keeps two `up` or `down` in one runtime directory apart."""
+    with (runtime_dir / LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise errors.Conflict(
+                "another `kvfabric up` or `down` is at work here: wait for it to end"
+            ) from error
+        yield

@@ -1,0 +1,126 @@
+"""The processes that one `kvfabric up` started, found and ended without mistaking any other.
+
+Every process that the launcher starts, and every one that those start, inherits a mark in
+its environment: one random word per `up`. Ray's workers rewrite their command line, are
+restarted under new ids and outlive a raylet that was killed for some seconds; the mark tells
+them apart from the rest of the machine nevertheless. A signal goes to a pidfd whose mark was
+read after it was opened, so that it cannot hit a process that got the id later.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MARK_VARIABLE = "KVFABRIC_UP"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process for good: an id is used again, an id with its start time is not."""
+
+    pid: int
+    started_ticks: int  # clock ticks from the machine's boot to the process's start
+
+    @property
+    def alive(self) -> bool:
+        return _started_ticks(self.pid) == self.started_ticks
+
+
+def this_process() -> Process:
+    pid = os.getpid()
+    return Process(pid, _started_ticks(pid) or 0)
+
+
+def marked(mark: str) -> list[Process]:
+    """All living processes of this user with that mark, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _has_mark(int(entry.name), mark):
+            started_ticks = _started_ticks(int(entry.name))
+            if started_ticks is not None:
+                found.append(Process(int(entry.name), started_ticks))
+    return sorted(found, key=lambda process: (process.started_ticks, process.pid))
+
+
+def end(mark: str, *, grace_s: float, kill_s: float) -> tuple[int, list[Process]]:
+    """Ends all marked processes: SIGTERM, after `grace_s` SIGKILL, and `kill_s` to be gone.
+
+    Returns how many had to be killed, and those that live on in spite of it.
+    """
+    deadline = time.monotonic() + grace_s
+    _signal_all(marked(mark), mark, signal.SIGTERM)
+    if not wait_until_gone(mark, deadline):
+        return 0, []
+    killed: set[Process] = set()
+    deadline = time.monotonic() + kill_s
+    while (rest := marked(mark)) and time.monotonic() < deadline:
+        _signal_all(rest, mark, signal.SIGKILL)  # again and again: they start others meanwhile
+        killed.update(rest)
+        time.sleep(0.05)
+    return len(killed), rest
+
+
+def wait_until_gone(mark: str, deadline: float) -> list[Process]:
+    """Waits for the last marked process to end; those still there at `deadline` (monotonic)."""
+    while rest := marked(mark):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return rest
+        with _pidfd(rest[-1].pid) as descriptor:
+            if descriptor is not None:
+                select.select([descriptor], [], [], min(left_s, 0.2))
+    return []
+
+
+def signal_one(process: Process, mark: str, number: signal.Signals) -> bool:
+    """Signals that process if it still lives and carries the mark; says whether it did."""
+    with _pidfd(process.pid) as descriptor:
+        if descriptor is None or not process.alive or not _has_mark(process.pid, mark):
+            return False
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, number)
+            return True
+    return False
+
+
+def _signal_all(processes: list[Process], mark: str, number: signal.Signals) -> None:
+    for process in processes:
+        signal_one(process, mark, number)
+
+
+@contextmanager
+def _pidfd(pid: int) -> Iterator[int | None]:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _has_mark(pid: int, mark: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone, a zombie, or another user's: not ours
+        return False
+    return f"{MARK_VARIABLE}={mark}".encode() in environment.split(b"\0")
+
+
+def _started_ticks(pid: int) -> int | None:
+    """None for a process that is gone or only waits to be reaped."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rsplit(")", 1)[1].split()  # the name before it may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
