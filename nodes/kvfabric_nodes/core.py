@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, NamespaceId, Status
-
 from kvfabric_nodes.extents import Extent, Extents, Pool, Segment, slot_bytes
 from kvfabric_nodes.shards import Shard, Shards
 from kvfabric_nodes.story import Story
@@ -87,6 +86,7 @@ class Limits:
     deadline_s: float = 600.0
     reservations: int = 1024  # per session
     leases: int = 4096  # per session
+    namespaces: int = 65536  # whose tenant is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,7 @@ class NodeCore:
         self._writing: dict[tuple[NamespaceId, Key], Reservation] = {}
         self._deadlines: list[tuple[float, int, Reservation | Lease | Shard]] = []
         self._ids = 0
+        self._tenants: dict[NamespaceId, str] = {}
         self._turned_over: dict[Pool, int] = {}  # evictions since the last slab was moved
 
     # Sessions -----------------------------------------------------------------
@@ -145,6 +146,18 @@ class NodeCore:
         session = Session(self._next_id(), tenant, principal, checked)
         self.sessions[session.id] = session
         return session
+
+    def open_namespaces(self, session: Session, namespaces: Iterable[NamespaceId]) -> None:
+        """The session may use these from now on; they belong to its tenant."""
+        for namespace in namespaces:
+            session.namespaces.add(namespace)
+            self._tenants[namespace] = session.tenant
+        while len(self._tenants) > self.limits.namespaces:
+            del self._tenants[next(iter(self._tenants))]
+
+    def namespaces_of(self, tenant: str) -> frozenset[NamespaceId]:
+        """Every namespace that a session of this tenant has opened."""
+        return frozenset(space for space, owner in self._tenants.items() if owner == tenant)
 
     def close_session(self, session: Session) -> None:
         """Takes back all it held. To be called once nobody touches its extents any more."""
@@ -401,7 +414,10 @@ class NodeCore:
         owner: str,
         now_s: float,
     ) -> tuple[int, int]:
-        """Erases (shards, bytes): the whole namespace, or keys with all that continues them."""
+        """Erases (shards, bytes): the whole namespace, or keys with all that continues them.
+
+        `owner`: only what this principal committed; empty: anybody's.
+        """
         self.admit(session, namespace, len(keys))
         chosen: dict[Key, Shard] = {}
         if keys:
@@ -502,7 +518,7 @@ class NodeCore:
 
     def admit(self, session: Session, namespace: NamespaceId, keys: int) -> None:
         """Refuses what no call may do: another's namespace, too large a batch."""
-        if namespace not in session.namespaces:
+        if namespace not in session.namespaces and self._tenants.get(namespace) != session.tenant:
             raise Denied(
                 f"namespace {namespace.hex()[:16] or '(none)'} is not open in this session; "
                 "name it in Hello, under the session's own tenant"

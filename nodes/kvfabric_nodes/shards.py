@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvfabric.types import Key, NamespaceId
-
 from kvfabric_nodes.extents import Extent, Pool
 
 

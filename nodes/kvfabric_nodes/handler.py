@@ -1,0 +1,493 @@
+"""NodeService's calls, whichever way they came: one handler for wire and gRPC.
+
+It checks what the messages say, asks the core, and fills in the answer. It runs on
+the core's thread. Calls that read payload bytes (commit, verify) or ask the manager
+(match) answer a coroutine, all others are done when they return.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from kvfabric import checksums
+from kvfabric.clock import Clock
+from kvfabric.errors import Denied, Refused, Unsupported
+from kvfabric.keys import namespace_id
+from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.types import (
+    DEFAULT_TENANT,
+    DIGEST_BYTES,
+    PROTOCOL_VERSION,
+    Key,
+    Namespace,
+    NamespaceId,
+    Status,
+)
+from kvfabric_nodes.arena import Arena
+from kvfabric_nodes.core import Grant, NodeCore, Reservation, Session
+from kvfabric_nodes.shards import Shard
+
+MIN_VERSION = 1
+DEFAULT_DEADLINE_S = 30.0
+MAX_NAMESPACES = 1024  # per session
+# Below this a commit's checksums cost less than handing them to another thread.
+INLINE_VERIFY_BYTES = 256 << 10
+
+FEATURES = frozenset({"shm", "bulk", "unchecked"})
+
+Locate = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[node_pb2.MatchResponse.Run]]]
+"""Asks the manager where the first of these keys lie, up to the first that no node holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this node is, for its answers."""
+
+    node: str
+    incarnation: int
+    token: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One key of a commit: what the client says and where its bytes are."""
+
+    index: int
+    view: memoryview
+    layers: int
+    expected: Sequence[int]
+
+    def wrong(self) -> str:
+        """Why the bytes are not what the client says; empty: they are."""
+        if not checksums.matches(self.view, self.layers, self.expected):
+            return "its bytes do not have the checksums of the commit; write it again"
+        return ""
+
+
+class Handler:
+    """See the module."""
+
+    def __init__(
+        self,
+        core: NodeCore,
+        arena: Arena,
+        clock: Clock,
+        identity: Identity,
+        verifier: Executor,
+        stats: Callable[[], types_pb2.NodeStats],
+        locate: Locate | None = None,
+    ) -> None:
+        self.core = core
+        self.arena = arena
+        self.clock = clock
+        self.identity = identity
+        self.locate = locate
+        self.mismatches: dict[str, int] = {"commit": 0, "verify": 0}
+        self.refusals: dict[str, int] = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
+        self.read_bytes = 0  # leased over shared memory
+        self.read_s = 0.0
+        self.written_bytes = 0
+        self._verifier = verifier
+        self._stats = stats
+        self._calls: dict[str, Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]] = {
+            "match": self.match,
+            "reserve": self.reserve,
+            "commit": self.commit,
+            "abort": self.abort,
+            "acquire": self.acquire,
+            "renew": self.renew,
+            "release": self.release,
+            "pin": self.pin,
+            "unpin": self.unpin,
+            "verify": self.verify,
+            "purge": self.purge,
+            "stats": self.stats,
+            "explain": self.explain,
+        }
+
+    def call(
+        self, name: str, session: Session, request: Any, response: Any
+    ) -> Coroutine[Any, Any, None] | None:
+        """Carries out one call by its name in lower case."""
+        method = self._calls.get(name)
+        if method is None:
+            raise Refused(f"{name!r} cannot be called on this kind of connection")
+        self.core.tick(self.clock.now())
+        return method(session, request, response)
+
+    # Sessions -----------------------------------------------------------------------
+
+    def hello(
+        self,
+        session: Session | None,
+        request: node_pb2.HelloRequest,
+        response: node_pb2.HelloResponse,
+        offered: frozenset[str] = FEATURES,
+    ) -> Session:
+        """Opens a session, or adds namespaces to one. `offered`: what this transport can."""
+        self._negotiate(request)
+        tenant, _, _ = (request.principal or DEFAULT_TENANT).partition("/")
+        features = sorted(offered & set(request.features))
+        ids = [self._namespace(space, tenant) for space in request.namespaces]
+        if session is None:
+            session = self.core.open_session(
+                tenant,
+                request.principal or DEFAULT_TENANT,
+                checked="unchecked" not in features,
+            )
+        elif session.tenant != tenant:
+            raise Denied(f"this session belongs to tenant {session.tenant!r}, not {tenant!r}")
+        if len(session.namespaces | set(ids)) > MAX_NAMESPACES:
+            raise Refused(f"more than {MAX_NAMESPACES} namespaces in one session; open another")
+        self.core.open_namespaces(session, ids)
+        response.version = min(PROTOCOL_VERSION, request.max_version)
+        response.node = self.identity.node
+        response.incarnation = self.identity.incarnation
+        response.namespace_ids.extend(ids)
+        response.features.extend(features)
+        response.max_shard_bytes = self.core.extents.segment_bytes
+        response.max_batch = self.core.limits.batch_keys
+        response.max_deadline_ms = int(self.core.limits.deadline_s * 1000)
+        return session
+
+    def _negotiate(self, request: node_pb2.HelloRequest) -> None:
+        if request.max_version < MIN_VERSION or request.min_version > PROTOCOL_VERSION:
+            raise Unsupported(
+                f"{request.client or 'the client'} speaks protocol {request.min_version} to "
+                f"{request.max_version}, this node {MIN_VERSION} to {PROTOCOL_VERSION}; "
+                "bring the older one up to date"
+            )
+        if not hmac.compare_digest(request.token, self.identity.token):
+            raise Denied("wrong or missing token; set KVFABRIC_TOKEN to the node's")
+
+    def _namespace(self, space: types_pb2.Namespace, tenant: str) -> NamespaceId:
+        if space.tenant != tenant:
+            raise Denied(f"tenant {tenant!r} cannot open a namespace of tenant {space.tenant!r}")
+        return namespace_id(Namespace(space.tenant, space.fingerprint, space.salt))
+
+    # Writing ------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        session: Session,
+        request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+        response: node_pb2.ReserveResponse,
+    ) -> None:
+        reservation, grants = self.reserve_extents(session, request)
+        response.reservation = reservation.id if reservation else 0
+        response.deadline_ms = int(self.core.bounded(seconds(request.deadline_ms)) * 1000)
+        response.statuses.extend([grant.status for grant in grants])
+        extents = [grant.extent for grant in grants]
+        response.segments.extend([e.segment if e else 0 for e in extents])
+        response.offsets.extend([e.offset if e else 0 for e in extents])
+        response.generations.extend([e.generation if e else 0 for e in extents])
+        put_reasons(response.reasons, enumerate(grants))
+
+    def reserve_extents(
+        self,
+        session: Session,
+        request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+    ) -> tuple[Reservation | None, list[Grant]]:
+        keys = checked_keys(request.keys)
+        parents: list[Key | None] = [Key(p) if p else None for p in request.parents]
+        sizes = list(request.size_bytes)
+        if len(sizes) == 1:
+            sizes *= len(keys)
+        if len(sizes) != len(keys) or len(parents) not in (0, len(keys)):
+            raise Refused(
+                f"{len(keys)} keys with {len(sizes)} sizes and {len(parents)} parents; "
+                "give one size or one per key, and no parents or one per key"
+            )
+        layers = request.layers or 1
+        for size_bytes in set(sizes):
+            checksums.parts(size_bytes, layers)  # refuses what cannot be cut
+        grants = self.core.reserve(
+            session,
+            NamespaceId(request.namespace_id),
+            keys,
+            parents or [None] * len(keys),
+            sizes,
+            layers,
+            seconds(request.deadline_ms),
+            request.ttl_ms / 1000,
+            self.clock.now(),
+        )
+        while self.core.recycled:
+            self.arena.replace(*self.core.recycled.pop(0))
+        return grants
+
+    def commit(
+        self,
+        session: Session,
+        request: node_pb2.CommitRequest,
+        response: node_pb2.CommitResponse,
+    ) -> Coroutine[Any, Any, None] | None:
+        reservation = self.core.reservation(session, request.reservation)
+        indices = list(request.indices) or sorted(reservation.items)
+        fills, refused = self._fills(session, reservation, indices, list(request.checksums))
+        if not session.checked or sum(len(f.view) for f in fills) <= INLINE_VERIFY_BYTES:
+            wrong = {} if not session.checked else {f.index: f.wrong() for f in fills}
+            grants = self.settle(reservation, fills, wrong) | refused
+            self._answer_commit(indices, grants, response)
+            return None
+        return self._verify_and_commit(reservation, indices, fills, refused, response)
+
+    async def _verify_and_commit(
+        self,
+        reservation: Reservation,
+        indices: list[int],
+        fills: list[Fill],
+        refused: dict[int, Grant],
+        response: node_pb2.CommitResponse,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        wrong = await loop.run_in_executor(
+            self._verifier, lambda: {fill.index: fill.wrong() for fill in fills}
+        )
+        self.core.tick(self.clock.now())
+        self._answer_commit(indices, self.settle(reservation, fills, wrong) | refused, response)
+
+    def _fills(
+        self,
+        session: Session,
+        reservation: Reservation,
+        indices: Sequence[int],
+        sums: list[int],
+    ) -> tuple[list[Fill], dict[int, Grant]]:
+        """What the client says it filled; a checksum column of wrong length frees them all."""
+        now_s = self.clock.now()
+        refused: dict[int, Grant] = {}
+        items = {i: reservation.items[i] for i in indices if i in reservation.items}
+        for index in indices:
+            if index not in items:
+                self.refusals["state"] += 1
+                refused[index] = Grant(
+                    Status.REFUSED, reason="was not granted, or is settled already"
+                )
+        counts = {
+            i: len(checksums.parts(item.size_bytes, reservation.layers))
+            for i, item in items.items()
+        }
+        wanted = sum(counts.values())
+        if session.checked and len(sums) != wanted:
+            reason = (
+                f"the commit brings {len(sums)} checksums for layer parts of {len(items)} keys "
+                f"that need {wanted}: a length or the number of layers is wrong"
+            )
+            for index in items:
+                self.refusals["length"] += 1
+                refused[index] = self.core.reject(reservation, index, reason, now_s)
+            return [], refused
+        fills: list[Fill] = []
+        start = 0
+        for index, item in items.items():
+            view = self.arena.view(item.extent.segment, item.extent.offset, item.size_bytes)
+            expected = sums[start : start + counts[index]] if session.checked else ()
+            start += counts[index]
+            fills.append(Fill(index, view, reservation.layers, expected))
+        return fills, refused
+
+    def settle(
+        self, reservation: Reservation, fills: Sequence[Fill], wrong: dict[int, str]
+    ) -> dict[int, Grant]:
+        """Seals what was filled right, frees what was not."""
+        now_s = self.clock.now()
+        grants: dict[int, Grant] = {}
+        for fill in fills:
+            reason = wrong.get(fill.index)
+            if reason:
+                self.mismatches["commit"] += 1
+                self.refusals["checksum"] += 1
+                grants[fill.index] = self.core.reject(reservation, fill.index, reason, now_s)
+                continue
+            grant = self.core.seal(reservation, fill.index, fill.expected, now_s)
+            if grant.status is Status.OK:
+                self.written_bytes += len(fill.view)
+            else:
+                self.refusals["deadline"] += 1
+            grants[fill.index] = grant
+        return grants
+
+    def _answer_commit(
+        self, indices: list[int], grants: dict[int, Grant], response: node_pb2.CommitResponse
+    ) -> None:
+        response.statuses.extend([grants[i].status for i in indices])
+        put_reasons(response.reasons, ((i, grants[i]) for i in indices))
+
+    def abort(
+        self, session: Session, request: node_pb2.AbortRequest, response: node_pb2.AbortResponse
+    ) -> None:
+        reservation = self.core.reservation(session, request.reservation)
+        self.core.abort(reservation, request.indices)
+
+    # Reading ------------------------------------------------------------------------
+
+    def match(
+        self, session: Session, request: node_pb2.MatchRequest, response: node_pb2.MatchResponse
+    ) -> Coroutine[Any, Any, None] | None:
+        namespace = NamespaceId(request.namespace_id)
+        keys = checked_keys(request.keys)
+        matched = self.core.match(session, namespace, keys)
+        response.matched = matched
+        if matched:
+            run = response.runs.add()
+            run.count = matched
+            run.node = self.identity.node
+            run.tier = types_pb2.TIER_DRAM
+            run.incarnation = self.identity.incarnation
+        if matched == len(keys) or request.local_only or self.locate is None:
+            return None
+        return self._match_elsewhere(self.locate, namespace, keys[matched:], response)
+
+    async def _match_elsewhere(
+        self,
+        locate: Locate,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        response: node_pb2.MatchResponse,
+    ) -> None:
+        """One question to the manager for all the rest; without an answer the rest is a miss."""
+        for run in await locate(namespace, keys):
+            response.runs.append(run)
+            response.matched += run.count
+
+    def acquire(
+        self, session: Session, request: node_pb2.AcquireRequest, response: node_pb2.AcquireResponse
+    ) -> None:
+        lease_s = seconds(request.lease_ms)
+        lease, found = self.core.acquire(
+            session,
+            NamespaceId(request.namespace_id),
+            checked_keys(request.keys),
+            lease_s,
+            self.clock.now(),
+        )
+        response.lease_ms = int(self.core.bounded(lease_s) * 1000)
+        response.statuses.extend([Status.OK if shard else Status.MISS for shard in found])
+        if lease is None:
+            return
+        response.lease = lease.id
+        response.segments.extend([s.extent.segment if s else 0 for s in found])
+        response.offsets.extend([s.extent.offset if s else 0 for s in found])
+        response.size_bytes.extend([s.size_bytes if s else 0 for s in found])
+        response.generations.extend([s.extent.generation if s else 0 for s in found])
+        if not request.without_checksums:
+            response.layers.extend([s.layers if s else 0 for s in found])
+            for shard in lease.shards:
+                response.checksums.extend(shard.checksums)
+
+    def renew(
+        self, session: Session, request: node_pb2.RenewRequest, response: node_pb2.RenewResponse
+    ) -> None:
+        lease_s = seconds(request.lease_ms)
+        self.core.renew(session, request.lease, lease_s, self.clock.now())
+        response.lease_ms = int(self.core.bounded(lease_s) * 1000)
+
+    def release(
+        self, session: Session, request: node_pb2.ReleaseRequest, response: node_pb2.ReleaseResponse
+    ) -> None:
+        now_s = self.clock.now()
+        for lease in self.core.release(session, request.leases):
+            self.read_bytes += lease.size_bytes
+            self.read_s += now_s - lease.granted_s
+
+    async def verify(
+        self, session: Session, request: node_pb2.VerifyRequest, response: node_pb2.VerifyResponse
+    ) -> None:
+        namespace = NamespaceId(request.namespace_id)
+        now_s = self.clock.now()
+        lease, found = self.core.acquire(
+            session, namespace, checked_keys(request.keys), DEFAULT_DEADLINE_S, now_s
+        )
+        try:
+            loop = asyncio.get_running_loop()
+            damaged = await loop.run_in_executor(
+                self._verifier, lambda: [s for s in found if s and not self._intact(s)]
+            )
+        finally:
+            if lease is not None:
+                self.core.release(session, [lease.id])
+        for shard in dict.fromkeys(damaged):
+            self.mismatches["verify"] += 1
+            if shard.present:
+                why = "its bytes no longer have their checksums"
+                self.core.drop(shard, "dropped", why, self.clock.now())
+        response.statuses.extend(
+            [Status.OK if shard and shard not in damaged else Status.MISS for shard in found]
+        )
+
+    def _intact(self, shard: Shard) -> bool:
+        view = self.arena.view(shard.extent.segment, shard.extent.offset, shard.size_bytes)
+        return not shard.layers or checksums.matches(view, shard.layers, shard.checksums)
+
+    # Keeping, erasing, telling ---------------------------------------------------------
+
+    def pin(
+        self, session: Session, request: node_pb2.PinRequest, response: node_pb2.PinResponse
+    ) -> None:
+        namespace = NamespaceId(request.namespace_id)
+        response.statuses.extend(self.core.pin(session, namespace, checked_keys(request.keys)))
+
+    def unpin(
+        self, session: Session, request: node_pb2.UnpinRequest, response: node_pb2.UnpinResponse
+    ) -> None:
+        namespace = NamespaceId(request.namespace_id)
+        keys = checked_keys(request.keys)
+        response.statuses.extend(self.core.unpin(session, namespace, keys, self.clock.now()))
+
+    def purge(
+        self, session: Session, request: node_pb2.PurgeRequest, response: node_pb2.PurgeResponse
+    ) -> None:
+        namespace = NamespaceId(request.namespace_id)
+        spaces = [namespace] if namespace else sorted(self.core.namespaces_of(session.tenant))
+        if not namespace and request.keys:
+            raise Refused("keys to purge need their namespace_id")
+        for space in spaces:
+            shards, size_bytes = self.core.purge(
+                session, space, checked_keys(request.keys), request.owner, self.clock.now()
+            )
+            response.shards += shards
+            response.size_bytes += size_bytes
+
+    def stats(
+        self, session: Session, request: node_pb2.StatsRequest, response: node_pb2.StatsResponse
+    ) -> None:
+        response.stats.CopyFrom(self._stats())
+
+    def explain(
+        self, session: Session, request: node_pb2.ExplainRequest, response: node_pb2.ExplainResponse
+    ) -> None:
+        spaces = self.core.namespaces_of(session.tenant)
+        if request.namespace_id:
+            self.core.admit(session, NamespaceId(request.namespace_id), 1)
+            spaces = frozenset({NamespaceId(request.namespace_id)})
+        now_s = self.clock.now()
+        for decision in self.core.story.tell(spaces, request.key):
+            event = response.events.add()
+            event.age_ms = int((now_s - decision.at_s) * 1000)
+            event.node = self.identity.node
+            event.what = decision.what
+            event.why = decision.why
+
+
+def seconds(deadline_ms: int) -> float:
+    return deadline_ms / 1000 if deadline_ms else DEFAULT_DEADLINE_S
+
+
+def checked_keys(raw: Sequence[bytes]) -> list[Key]:
+    keys: list[Any] = list(raw)
+    for key in keys:
+        if len(key) != DIGEST_BYTES:
+            raise Refused(f"key {key.hex()[:80]!r} has {len(key)} bytes; a key has {DIGEST_BYTES}")
+    return keys
+
+
+def put_reasons(reasons: Any, grants: Any) -> None:
+    for index, grant in grants:
+        if grant.reason:
+            reasons[index] = grant.reason

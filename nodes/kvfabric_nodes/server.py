@@ -1,0 +1,418 @@
+"""The wire's serving end: unix and TCP sockets, calls on the core's loop, bulk in threads.
+
+A session belongs to the connection that opened it; further connections join it. When
+its first connection ends, the others are shut down, and only when the last of them is
+gone (so that no thread still fills an extent) does the core take back what it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from kvfabric.errors import Denied, FabricError, Refused, Retry, to_proto
+from kvfabric.rpc.v1 import wire_pb2
+from kvfabric.wire import frames
+from kvfabric_nodes.bulk import serve_bulk
+from kvfabric_nodes.core import Session
+from kvfabric_nodes.handler import Handler
+
+log = structlog.get_logger(__name__)
+
+MAX_CONNECTIONS = 1024
+MAX_BULK_CONNECTIONS = 64  # each has a thread
+HELLO_TIMEOUT_S = 10.0
+FRAME_TIMEOUT_S = 30.0  # for the rest of a frame that has begun
+MAX_UNSENT_BYTES = 8 << 20  # answers that a client does not fetch
+MAX_WAITING_CALLS = 256  # per connection
+READ_BYTES = 1 << 18
+MAX_MAP_SEGMENTS = 64
+
+_UCRED = struct.Struct("3i")
+
+
+class Peer:
+    """A session and the connections that carry it."""
+
+    def __init__(self, session: Session, owner: CallConnection) -> None:
+        self.session = session
+        self.owner = owner
+        self.token = secrets.token_bytes(16)
+        self.connections: set[CallConnection | socket.socket] = {owner}
+
+
+class CallConnection:
+    """One connection on the loop: request frames in, answers out."""
+
+    def __init__(self, server: WireServer, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self.is_unix = sock.family == socket.AF_UNIX
+        self.peer: Peer | None = None
+        self._inbox = frames.Inbox()
+        self._unsent: bytearray = bytearray()
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._deaf = False
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(
+            HELLO_TIMEOUT_S, self._give_up, "said no hello in time"
+        )
+        self._loop.add_reader(sock, self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            data = self.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        if self._deaf:
+            return
+        try:
+            for frame in self._inbox.feed(data):
+                self._on_frame(frame)
+                if self.sock.fileno() < 0 or not self._reading():
+                    return
+        except FabricError as error:
+            self._refuse(error)
+            return
+        if self._inbox and self._timer is None:
+            self._timer = self._loop.call_later(
+                FRAME_TIMEOUT_S, self._give_up, "did not finish a frame in time"
+            )
+        elif self.peer and not self._inbox and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _reading(self) -> bool:
+        """False once a bulk thread has taken the socket over."""
+        return self in self.server.connections
+
+    def _on_frame(self, frame: wire_pb2.Frame) -> None:
+        body = frame.WhichOneof("body") or ""
+        name = body.removesuffix("_request")
+        answer = wire_pb2.Frame(id=frame.id)
+        try:
+            if name == body:
+                raise Refused(f"a frame with {body or 'no body'} is not a request")
+            if name == "hello":
+                self._on_hello(frame, answer)
+                return
+            if self.peer is None:
+                raise Refused("the first frame of a connection must be a hello_request")
+            request = getattr(frame, body)
+            if name in ("map", "unmap"):
+                self._on_map(name, request, answer)
+                return
+            response = getattr(answer, f"{name}_response", None)
+            if response is not None:
+                response.SetInParent()
+            later = self.server.handler.call(name, self.peer.session, request, response)
+        except FabricError as error:
+            answer.ClearField("body")
+            answer.error.CopyFrom(to_proto(error))
+            later = None
+        if later is None:
+            self._answer(answer)
+            return
+        if len(self._waiting) >= MAX_WAITING_CALLS:
+            later.close()
+            full = Retry(f"{MAX_WAITING_CALLS} calls wait on this connection; slow down")
+            self._answer(wire_pb2.Frame(id=frame.id, error=to_proto(full)))
+            return
+        task = self._loop.create_task(self._finish(later, answer))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def _finish(self, later: Any, answer: wire_pb2.Frame) -> None:
+        try:
+            await later
+        except FabricError as error:
+            answer.ClearField("body")
+            answer.error.CopyFrom(to_proto(error))
+        except Exception as error:
+            log.exception("call_failed")
+            answer.ClearField("body")
+            answer.error.message = f"the node failed: {error!r}; see its log"
+        self._answer(answer)
+
+    def _on_hello(self, frame: wire_pb2.Frame, answer: wire_pb2.Frame) -> None:
+        request = frame.hello_request
+        self.server.admit(self.sock)
+        handler = self.server.handler
+        offered = frozenset({"shm", "bulk", "unchecked"} if self.is_unix else {"bulk", "unchecked"})
+        if request.session:
+            peer = self.server.join(request.session)
+            handler.hello(peer.session, request, answer.hello_response, offered)
+            answer.hello_response.session = request.session
+            if "bulk" in request.features:
+                self.server.to_thread(self, peer, answer)
+                return
+            peer.connections.add(self)
+            self.peer = peer
+        else:
+            session = handler.hello(
+                self.peer.session if self.peer else None, request, answer.hello_response, offered
+            )
+            if self.peer is None:
+                self.peer = self.server.open(session, self)
+            answer.hello_response.session = self.peer.token
+        self._answer(answer)
+
+    def _on_map(self, name: str, request: Any, answer: wire_pb2.Frame) -> None:
+        assert self.peer is not None
+        core, arena = self.server.handler.core, self.server.handler.arena
+        session = self.peer.session
+        if name == "unmap":
+            core.unmapped(session, request.segments)
+            while core.recycled:
+                arena.replace(*core.recycled.pop(0))
+            answer.unmap_response.SetInParent()
+            self._answer(answer)
+            return
+        if not self.is_unix:
+            raise Refused("descriptors travel over unix sockets only; read over the wire instead")
+        if len(request.segments) > MAX_MAP_SEGMENTS:
+            raise Refused(f"at most {MAX_MAP_SEGMENTS} segments per map_request")
+        for segment in request.segments:
+            found = core.extents.segments.get(segment)
+            if found is None or found.tenant != session.tenant:
+                raise Denied(f"segment {segment} is not one of tenant {session.tenant!r}")
+        session.mapped.update(request.segments)
+        answer.map_response.segments.extend(request.segments)
+        answer.map_response.size_bytes.extend([arena.segment_bytes] * len(request.segments))
+        descriptors = [arena.descriptor(segment) for segment in request.segments]
+        data = frames.pack(answer)
+        if self._unsent:
+            raise Retry("answers are waiting to be fetched; fetch them before mapping")
+        try:
+            sent = socket.send_fds(self.sock, [data], descriptors)
+        except OSError:
+            self.close()
+            return
+        self._queue(data[sent:])
+
+    def _answer(self, answer: wire_pb2.Frame) -> None:
+        if not answer.id or self.sock.fileno() < 0:
+            return
+        retired = self.server.handler.core.extents.retired
+        if retired and self.peer:
+            answer.retired_segments.extend(retired.keys() & self.peer.session.mapped)
+        try:
+            data = frames.pack(answer)
+        except Refused as error:
+            data = frames.pack(wire_pb2.Frame(id=answer.id, error=to_proto(error)))
+        if not self._unsent:
+            try:
+                data = data[self.sock.send(data) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.close()
+                return
+        self._queue(data)
+
+    def _queue(self, data: bytes) -> None:
+        if not data:
+            return
+        if not self._unsent:
+            self._loop.add_writer(self.sock, self._on_writable)
+        self._unsent += data
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self._give_up("does not fetch its answers")
+
+    def _on_writable(self) -> None:
+        try:
+            del self._unsent[: self.sock.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        if not self._unsent:
+            self._loop.remove_writer(self.sock)
+
+    def _refuse(self, error: FabricError) -> None:
+        """Tells the peer why, then stops listening to it."""
+        self.server.count_protocol_error("unix" if self.is_unix else "tcp")
+        log.warning("protocol_error", why=str(error), unix=self.is_unix)
+        with contextlib.suppress(OSError):
+            self.sock.send(frames.pack(wire_pb2.Frame(error=to_proto(error))))
+        self._stop_listening()
+
+    def _give_up(self, why: str) -> None:
+        self._timer = None
+        log.warning("connection_ended", why=f"the client {why}")
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        """Ends the connection, but not over the head of a client that maps our memory.
+
+        It may still touch its extents, so they stay quarantined until it closes its end;
+        until then the connection is deaf.
+        """
+        if self.is_unix and self.peer and self.peer.session.mapped:
+            self._deaf = True
+        else:
+            self.close()
+
+    def detach(self) -> socket.socket:
+        """Gives the socket away."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self.sock)
+        self.server.connections.discard(self)
+        return self.sock
+
+    def close(self) -> None:
+        if self.sock.fileno() < 0:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self.sock)
+        self._loop.remove_writer(self.sock)
+        self.sock.close()
+        for task in list(self._waiting):
+            task.cancel()
+        self.server.closed(self)
+
+
+class WireServer:
+    """Listens on unix and TCP sockets. All methods run on the loop unless they say otherwise."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.connections: set[CallConnection] = set()
+        self.protocol_errors: dict[str, int] = {"unix": 0, "tcp": 0}
+        self.bulk_read_bytes: dict[str, int] = {"unix": 0, "tcp": 0}
+        self.bulk_read_s: dict[str, float] = {"unix": 0.0, "tcp": 0.0}
+        self.bulk_written_bytes: dict[str, int] = {"unix": 0, "tcp": 0}
+        self.bulk_written_s: dict[str, float] = {"unix": 0.0, "tcp": 0.0}
+        self._peers: dict[bytes, Peer] = {}
+        self._listeners: list[socket.socket] = []
+        self._threads: set[threading.Thread] = set()
+        self._threads_ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def listen(self, sock: socket.socket) -> None:
+        """Serves connections of a bound socket."""
+        sock.listen(128)
+        sock.setblocking(False)
+        self._listeners.append(sock)
+        self._loop.add_reader(sock, self._accept, sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        if len(self.connections) + len(self._threads) >= MAX_CONNECTIONS:
+            log.warning("connection_refused", limit=MAX_CONNECTIONS)
+            sock.close()
+            return
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connections.add(CallConnection(self, sock))
+
+    def admit(self, sock: socket.socket) -> None:
+        """Refuses unix clients of another user."""
+        if sock.family != socket.AF_UNIX:
+            return
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(raw)
+        if uid not in (0, os.getuid()):
+            raise Denied(f"user {uid} may not use the node of user {os.getuid()}")
+
+    def open(self, session: Session, owner: CallConnection) -> Peer:
+        peer = Peer(session, owner)
+        self._peers[peer.token] = peer
+        return peer
+
+    def join(self, token: bytes) -> Peer:
+        peer = self._peers.get(token)
+        if peer is None:
+            raise Refused("no such session; it ended with its first connection. Connect anew")
+        return peer
+
+    def to_thread(self, connection: CallConnection, peer: Peer, answer: wire_pb2.Frame) -> None:
+        """Hands a bulk connection to a thread of its own, which also sends the answer."""
+        if len(self._threads) >= MAX_BULK_CONNECTIONS:
+            raise Retry(f"{MAX_BULK_CONNECTIONS} bulk connections are open; close some")
+        sock = connection.detach()
+        peer.connections.add(sock)
+        kind = "unix" if connection.is_unix else "tcp"
+
+        def serve() -> None:
+            try:
+                serve_bulk(sock, answer, peer.session, self, kind)
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop has ended: nothing to tell
+                    self._loop.call_soon_threadsafe(ended)
+
+        def ended() -> None:
+            self._threads.discard(thread)
+            if not self._threads:
+                self._threads_ended.set()
+            sock.close()
+            self._left(peer, sock)
+
+        thread = threading.Thread(target=serve, name="kvfabric-bulk", daemon=True)
+        self._threads.add(thread)
+        self._threads_ended.clear()
+        thread.start()
+
+    def on_core(self, call: Callable[[], Any]) -> Any:
+        """Runs `call` on the loop and answers what it returns. For bulk threads."""
+
+        async def run() -> Any:
+            self.handler.core.tick(self.handler.clock.now())
+            return call()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def count_protocol_error(self, kind: str) -> None:
+        self.protocol_errors[kind] += 1
+
+    def closed(self, connection: CallConnection) -> None:
+        self.connections.discard(connection)
+        if connection.peer is not None:
+            self._left(connection.peer, connection)
+
+    def _left(self, peer: Peer, connection: CallConnection | socket.socket) -> None:
+        peer.connections.discard(connection)
+        if connection is peer.owner:
+            self._peers.pop(peer.token, None)
+            for other in list(peer.connections):
+                if isinstance(other, CallConnection):
+                    other.close()
+                else:
+                    with contextlib.suppress(OSError):
+                        other.shutdown(socket.SHUT_RDWR)
+        if not peer.connections:
+            core = self.handler.core
+            core.close_session(peer.session)
+            while core.recycled:
+                self.handler.arena.replace(*core.recycled.pop(0))
+
+    async def close(self) -> None:
+        """Ends every connection and waits for the bulk threads, which end with theirs."""
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+            listener.close()
+        for connection in list(self.connections):
+            connection.close()
+        if self._threads:
+            await self._threads_ended.wait()
