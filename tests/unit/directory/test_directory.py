@@ -1,0 +1,193 @@
+"""The directory by example."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from kvfabric.directory import BUCKETS, Directory, Inventory, Replica
+from kvfabric.errors import Broken
+from kvfabric.types import Key, NamespaceId, NodeId, Tier
+
+ROOM, OTHER = NamespaceId(b"r" * 32), NamespaceId(b"o" * 32)
+A, B = NodeId("a"), NodeId("b")
+
+
+def key(number: int) -> Key:
+    return Key(number.to_bytes(8, "little") + bytes(24))
+
+
+def keys(*numbers: int) -> bytes:
+    return b"".join(key(number) for number in numbers)
+
+
+def sweep_all(directory: Directory) -> None:
+    while directory.sweep(limit_keys=1):
+        pass
+
+
+@pytest.fixture
+def directory() -> Iterator[Directory]:
+    directory = Directory()
+    yield directory
+    directory.check()
+    sweep_all(directory)
+    directory.check()
+
+
+def test_a_key_lies_where_nodes_say_fastest_tier_first(directory: Directory) -> None:
+    directory.add(B, ROOM, Tier.DRAM, keys(1))
+    directory.add(A, ROOM, Tier.FILE, keys(1, 2))
+    directory.add(A, ROOM, Tier.DRAM, keys(1))
+
+    located = directory.locate(ROOM, [key(1), key(2), key(3), key(1)], prefix=False)
+
+    assert located.indices == [0, 1, 2, 0]
+    assert located.places == [
+        (Replica(A, Tier.DRAM), Replica(B, Tier.DRAM), Replica(A, Tier.FILE)),
+        (Replica(A, Tier.FILE),),
+    ]
+
+
+def test_a_prefix_ends_before_the_first_key_that_nobody_holds(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2, 4))
+
+    located = directory.locate(ROOM, [key(1), key(2), key(3), key(4)], prefix=True)
+
+    assert located.indices == [0, 0]
+    assert located.places == [(Replica(A, Tier.DRAM),)]
+
+
+def test_namespaces_never_meet(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1))
+
+    assert directory.locate(OTHER, [key(1)], prefix=False) == ([0], [])
+    assert directory.locate(OTHER, [key(1)], prefix=True) == ([], [])
+
+
+def test_repeated_adds_and_removes_count_once(directory: Directory) -> None:
+    assert directory.add(A, ROOM, Tier.DRAM, keys(1, 2, 2)) == 2
+    assert directory.add(A, ROOM, Tier.DRAM, keys(2, 3)) == 1
+    assert directory.remove(A, ROOM, Tier.DRAM, keys(1, 1, 9)) == 1
+    assert directory.remove(B, ROOM, Tier.DRAM, keys(2)) == 0
+
+    assert directory.inventory(A) == Inventory(count=2, hash=2 + 3)
+    assert (directory.keys, directory.replicas) == (2, 2)
+
+
+def test_an_inventory_hash_is_the_sum_of_key_heads_modulo_2_to_the_64() -> None:
+    largest = b"\xff" * 32
+
+    inventory = Inventory().plus(keys(7) + largest).plus(keys(3))
+
+    assert inventory == Inventory(count=3, hash=9)
+    assert inventory.minus(largest) == Inventory(count=2, hash=10)
+
+
+def test_a_draft_is_unseen_until_it_replaces_everything(directory: Directory) -> None:
+    # Given a node that holds 1 and 2, and another that holds 2
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2))
+    directory.add(B, ROOM, Tier.DRAM, keys(2))
+
+    # When its draft says 2 and 3
+    directory.add(A, ROOM, Tier.DRAM, keys(2, 3, 4), draft=True)
+    directory.remove(A, ROOM, Tier.DRAM, keys(4), draft=True)
+
+    # Then nothing changes before it is published
+    places = directory.locate(ROOM, [key(1), key(2), key(3)], prefix=False)
+    assert places == (
+        [0, 1, 2],
+        [(Replica(A, Tier.DRAM),), (Replica(A, Tier.DRAM), Replica(B, Tier.DRAM))],
+    )
+    assert directory.inventory(A, draft=True) == Inventory(count=2, hash=5)
+
+    # And afterwards only the draft counts
+    directory.publish(A)
+    places = directory.locate(ROOM, [key(1), key(2), key(3)], prefix=False)
+    assert places == (
+        [2, 0, 1],
+        [(Replica(A, Tier.DRAM), Replica(B, Tier.DRAM)), (Replica(A, Tier.DRAM),)],
+    )
+    assert directory.inventory(A) == Inventory(count=2, hash=5)
+
+
+def test_a_discarded_draft_leaves_no_trace(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1))
+    directory.add(A, ROOM, Tier.DRAM, keys(2), draft=True)
+
+    directory.discard_draft(A)
+    directory.discard_draft(A)
+
+    assert directory.locate(ROOM, [key(1), key(2)], prefix=False).indices == [0, 1]
+    assert directory.inventory(A, draft=True) == Inventory()
+
+
+def test_a_dropped_node_holds_nothing_and_may_come_back(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2))
+    directory.add(B, ROOM, Tier.DRAM, keys(2))
+
+    assert directory.drop(A) == 2
+    assert directory.drop(A) == 0
+
+    assert directory.locate(ROOM, [key(1), key(2)], prefix=False) == (
+        [1, 0],
+        [(Replica(B, Tier.DRAM),)],
+    )
+    assert (directory.keys, directory.replicas) == (1, 1)
+    assert directory.add(A, ROOM, Tier.DRAM, keys(1)) == 1
+    assert directory.locate(ROOM, [key(1)], prefix=True).places == [(Replica(A, Tier.DRAM),)]
+
+
+def test_the_sweep_forgets_keys_that_nobody_holds(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(*range(1000)))
+    directory.add(B, ROOM, Tier.DRAM, keys(5))
+    directory.drop(A)
+
+    slices = 1
+    while directory.sweep(limit_keys=1):
+        slices += 1
+
+    assert slices > BUCKETS / 2  # one bucket a slice
+    assert sum(len(bucket) for bucket in directory._rooms[ROOM]) == 1
+    directory.drop(B)
+    sweep_all(directory)
+    assert directory._rooms == {}
+
+
+def test_an_emptied_namespace_is_forgotten(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1))
+    directory.remove(A, ROOM, Tier.DRAM, keys(1))
+
+    assert directory._rooms == {}
+
+
+def test_keys_are_found_by_their_first_bytes(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(0x0101, 0x0201))
+    directory.add(B, OTHER, Tier.FILE, keys(0x0101))
+
+    here = (ROOM, key(0x0101), (Replica(A, Tier.DRAM),))
+    there = (OTHER, key(0x0101), (Replica(B, Tier.FILE),))
+    assert directory.find(b"\x01\x01", ROOM, limit=9) == [here]
+    assert directory.find(b"\x01\x01", None, limit=9) == [there, here]
+    assert directory.find(b"\x01\x01", None, limit=1) == [there]
+    assert directory.find(b"\x09", None, limit=9) == []
+
+
+def test_check_finds_a_book_that_is_wrong() -> None:
+    directory = Directory()
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2))
+    directory.check()
+
+    del directory._rooms[ROOM][1][key(1)]
+
+    with pytest.raises(Broken, match="miscounted"):
+        directory.check()
+
+
+def test_a_keys_entry_is_nothing_that_the_garbage_collector_follows() -> None:
+    directory = Directory()
+    directory.add(A, ROOM, Tier.DRAM, keys(*range(1000)))
+
+    assert not any(gc.is_tracked(bucket) for bucket in directory._rooms[ROOM])
