@@ -66,7 +66,7 @@ class Inbox:
         start = 0
         try:
             while len(pending) - start >= PREFIX.size:
-                header_bytes, payload_bytes = lengths(memoryview(pending)[start:])
+                header_bytes, payload_bytes = lengths(pending[start : start + PREFIX.size])
                 if payload_bytes:
                     raise Refused("payload on a connection for calls; open one with 'bulk'")
                 end = start + PREFIX.size + header_bytes
