@@ -28,8 +28,7 @@ def test_the_committed_stubs_are_those_of_the_proto_files(
 
     made = {path.name: path.read_text() for path in sorted((tmp_path / STUBS).iterdir())}
     kept = {
-        path.name: path.read_text()
-        for path in sorted((root / "fabric" / STUBS).glob("*_pb2*.py*"))
+        path.name: path.read_text() for path in sorted((root / "fabric" / STUBS).glob("*_pb2*.py*"))
     }
     differing = sorted(
         name for name in made.keys() | kept.keys() if made.get(name) != kept.get(name)
