@@ -1,0 +1,110 @@
+"""What goes into the manager's core, and what comes out."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvfabric.directory import Inventory, Place
+from kvfabric.rpc.v1 import types_pb2
+from kvfabric.types import NamespaceId, NodeId, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A node's first word."""
+
+    node: NodeId
+    incarnation: int
+    endpoints: types_pb2.Endpoints = field(default_factory=types_pb2.Endpoints)
+    stats: types_pb2.NodeStats = field(default_factory=types_pb2.NodeStats)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Accepted if `known_incarnation` is 0, else fenced: that incarnation is known."""
+
+    known_incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Keys (32 bytes each) of one namespace and tier."""
+
+    namespace: NamespaceId
+    tier: Tier
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """See HeartbeatRequest in control.proto. `inventory` is that after this message."""
+
+    node: NodeId
+    incarnation: int
+    sequence: int
+    inventory: Inventory
+    full: bool = False
+    more: bool = False
+    added: tuple[Delta, ...] = ()
+    removed: tuple[Delta, ...] = ()
+    stats: types_pb2.NodeStats | None = None
+
+
+class Outcome(enum.Enum):
+    """What became of a heartbeat."""
+
+    APPLIED = "applied"
+    IGNORED = "ignored"  # its node must give a full report first
+    DUPLICATE = "duplicate"
+    STRANGER = "stranger"
+
+
+class Cause(enum.Enum):
+    """Why a full report is wanted."""
+
+    GAP = "gap"  # heartbeats before this one never came
+    DRIFT = "drift"  # count or hash differ after a delta
+    MISMATCH = "mismatch"  # count or hash differ after a full report
+    BROKEN_OFF = "broken_off"  # a full report was begun and not ended
+    RETURNED = "returned"  # the node had been lost
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To one heartbeat. `cause` is set when this very heartbeat made a full report necessary."""
+
+    sequence: int
+    outcome: Outcome
+    want_full: bool = False
+    want_register: bool = False
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A node fell silent; so many replicas are no longer believed in."""
+
+    node: NodeId
+    incarnation: int
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One remembered event."""
+
+    age_s: float
+    node: NodeId
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Events, oldest first, and where keys with the asked first bytes lie now."""
+
+    events: tuple[Explained, ...]
+    places: tuple[Place, ...]
