@@ -47,7 +47,7 @@ def serve_bulk(
     except Unreachable:
         pass
     except FabricError as error:
-        server.count_protocol_error(kind)
+        server.handler.metrics.protocol_errors[kind] += 1
         log.warning("bulk_ended", why=str(error))
         with contextlib.suppress(FabricError):
             connection.answer(wire_pb2.Frame(error=to_proto(error)))
@@ -124,8 +124,8 @@ class _Bulk:
                 held = lease
                 self._server.on_core(lambda: core.release(self._session, [held.id]))
         if lease is not None:
-            self._server.bulk_read_bytes[self._kind] += lease.size_bytes
-            self._server.bulk_read_s[self._kind] += time.monotonic() - started_s
+            elapsed_s = time.monotonic() - started_s
+            self._handler.metrics.read[self._kind].add(lease.size_bytes, elapsed_s)
 
     def _send_shards(self, frame_id: int, lease: Lease, statuses: list[int]) -> None:
         found = [index for index, status in enumerate(statuses) if status == Status.OK]
@@ -171,8 +171,8 @@ class _Bulk:
         final = [settled.get(index, grant) for index, grant in enumerate(grants)]
         _put_grants(answer.write_response, final, last=True)
         self.answer(answer)
-        self._server.bulk_written_bytes[self._kind] += sum(len(fill.view) for fill in fills)
-        self._server.bulk_written_s[self._kind] += time.monotonic() - started_s
+        size_bytes = sum(len(fill.view) for fill in fills)
+        handler.metrics.written[self._kind].add(size_bytes, time.monotonic() - started_s)
 
     def _receive_shards(
         self, frame_id: int, reservation: Reservation

@@ -12,6 +12,7 @@ before that session lets go of it or ends; meanwhile it is quarantined.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class Reservation:
     ttl_s: float
     deadline_s: float
     items: dict[int, Item]  # by index in the request; settled ones are gone
+    filling_since_s: float
     expired: bool = False
 
 
@@ -104,16 +106,15 @@ class Books:
 
 @dataclass(slots=True)
 class Tally:
-    """What the core counts; the metrics' names are kvfabric_node_<field>_total."""
+    """What the core counts since its start."""
 
     hits: int = 0
     misses: int = 0
     commits: int = 0
-    evicted_shards: int = 0
-    evicted_bytes: int = 0
-    expired_shards: int = 0
     expired_reservations: int = 0
     expired_leases: int = 0
+    dropped_shards: Counter[str] = field(default_factory=Counter)  # by what became of them
+    dropped_bytes: Counter[str] = field(default_factory=Counter)
 
 
 class NodeCore:
@@ -206,7 +207,7 @@ class NodeCore:
             )
         deadline_s = now_s + self.bounded(deadline_s)
         reservation = Reservation(
-            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}
+            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}, now_s
         )
         grants: list[Grant] = []
         for index, (key, parent, size_bytes) in enumerate(zip(keys, parents, sizes, strict=True)):
@@ -438,6 +439,8 @@ class NodeCore:
         self.shards.remove(shard)
         self._report_removed(shard)
         self.story.note(now_s, shard.namespace, shard.key, what, why)
+        self.tally.dropped_shards[what] += 1
+        self.tally.dropped_bytes[what] += shard.size_bytes
         extent = shard.extent
         self.pins -= shard.pinned
         self._held_bytes -= extent.size_bytes
@@ -458,7 +461,6 @@ class NodeCore:
                 if promise.deadline_s <= deadline_s and promise.id in promise.session.leases:
                     self._expire_lease(promise)
             elif promise.present and not promise.pinned:
-                self.tally.expired_shards += 1
                 self.drop(promise, "expired", "its time to live ended", now_s)
 
     def next_deadline_s(self) -> float | None:
@@ -617,7 +619,7 @@ class NodeCore:
         if victim is None:
             return False
         self._turned_over[pool] = self._turned_over.get(pool, 0) + 1
-        self._evict(victim, "the coldest leaf of its sub-pool", now_s)
+        self.drop(victim, "evicted", "the coldest leaf of its sub-pool", now_s)
         return True
 
     def _coldest_slab(self, pool: Pool, older_than: int | None) -> Segment | None:
@@ -651,14 +653,9 @@ class NodeCore:
         for shard in inside:
             for descendant in reversed(self.shards.descendants(shard)):
                 if self.shards.evictable(descendant):
-                    self._evict(descendant, why, now_s)
+                    self.drop(descendant, "evicted", why, now_s)
             if shard.present:
-                self._evict(shard, why, now_s)
-
-    def _evict(self, shard: Shard, why: str, now_s: float) -> None:
-        self.tally.evicted_shards += 1
-        self.tally.evicted_bytes += shard.size_bytes
-        self.drop(shard, "evicted", why, now_s)
+                self.drop(shard, "evicted", why, now_s)
 
     def _why_full(self, size_bytes: int) -> str:
         books = self.books()

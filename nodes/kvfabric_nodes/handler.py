@@ -30,6 +30,7 @@ from kvfabric.types import (
 )
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import Grant, NodeCore, Reservation, Session
+from kvfabric_nodes.metrics import NodeMetrics
 from kvfabric_nodes.shards import Shard
 
 MIN_VERSION = 1
@@ -79,7 +80,7 @@ class Handler:
         clock: Clock,
         identity: Identity,
         verifier: Executor,
-        stats: Callable[[], types_pb2.NodeStats],
+        metrics: NodeMetrics,
         locate: Locate | None = None,
     ) -> None:
         self.core = core
@@ -87,13 +88,8 @@ class Handler:
         self.clock = clock
         self.identity = identity
         self.locate = locate
-        self.mismatches: dict[str, int] = {"commit": 0, "verify": 0}
-        self.refusals: dict[str, int] = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
-        self.read_bytes = 0  # leased over shared memory
-        self.read_s = 0.0
-        self.written_bytes = 0
+        self.metrics = metrics
         self._verifier = verifier
-        self._stats = stats
         self._calls: dict[str, Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]] = {
             "match": self.match,
             "reserve": self.reserve,
@@ -117,8 +113,11 @@ class Handler:
         method = self._calls.get(name)
         if method is None:
             raise Refused(f"{name!r} cannot be called on this kind of connection")
-        self.core.tick(self.clock.now())
-        return method(session, request, response)
+        started_s = self.clock.now()
+        self.core.tick(started_s)
+        later = method(session, request, response)
+        self.metrics.call_seconds(name).observe(self.clock.now() - started_s)
+        return later
 
     # Sessions -----------------------------------------------------------------------
 
@@ -229,6 +228,7 @@ class Handler:
     ) -> Coroutine[Any, Any, None] | None:
         reservation = self.core.reservation(session, request.reservation)
         indices = list(request.indices) or sorted(reservation.items)
+        self._count_filled(reservation, indices)
         fills, refused = self._fills(session, reservation, indices, list(request.checksums))
         if not session.checked or sum(len(f.view) for f in fills) <= INLINE_VERIFY_BYTES:
             wrong = {} if not session.checked else {f.index: f.wrong() for f in fills}
@@ -236,6 +236,13 @@ class Handler:
             self._answer_commit(indices, grants, response)
             return None
         return self._verify_and_commit(reservation, indices, fills, refused, response)
+
+    def _count_filled(self, reservation: Reservation, indices: Sequence[int]) -> None:
+        """Counts what came by shared memory; the time since the last commit is its filling."""
+        now_s = self.clock.now()
+        sizes = [reservation.items[i].size_bytes for i in indices if i in reservation.items]
+        self.metrics.written["shm"].add(sum(sizes), now_s - reservation.filling_since_s)
+        reservation.filling_since_s = now_s
 
     async def _verify_and_commit(
         self,
@@ -265,7 +272,7 @@ class Handler:
         items = {i: reservation.items[i] for i in indices if i in reservation.items}
         for index in indices:
             if index not in items:
-                self.refusals["state"] += 1
+                self.metrics.refusals["state"] += 1
                 refused[index] = Grant(
                     Status.REFUSED, reason="was not granted, or is settled already"
                 )
@@ -280,7 +287,7 @@ class Handler:
                 f"that need {wanted}: a length or the number of layers is wrong"
             )
             for index in items:
-                self.refusals["length"] += 1
+                self.metrics.refusals["length"] += 1
                 refused[index] = self.core.reject(reservation, index, reason, now_s)
             return [], refused
         fills: list[Fill] = []
@@ -301,15 +308,13 @@ class Handler:
         for fill in fills:
             reason = wrong.get(fill.index)
             if reason:
-                self.mismatches["commit"] += 1
-                self.refusals["checksum"] += 1
+                self.metrics.mismatches["commit"] += 1
+                self.metrics.refusals["checksum"] += 1
                 grants[fill.index] = self.core.reject(reservation, fill.index, reason, now_s)
                 continue
             grant = self.core.seal(reservation, fill.index, fill.expected, now_s)
-            if grant.status is Status.OK:
-                self.written_bytes += len(fill.view)
-            else:
-                self.refusals["deadline"] += 1
+            if grant.status is not Status.OK:
+                self.metrics.refusals["deadline"] += 1
             grants[fill.index] = grant
         return grants
 
@@ -393,8 +398,7 @@ class Handler:
     ) -> None:
         now_s = self.clock.now()
         for lease in self.core.release(session, request.leases):
-            self.read_bytes += lease.size_bytes
-            self.read_s += now_s - lease.granted_s
+            self.metrics.read["shm"].add(lease.size_bytes, now_s - lease.granted_s)
 
     async def verify(
         self, session: Session, request: node_pb2.VerifyRequest, response: node_pb2.VerifyResponse
@@ -413,7 +417,7 @@ class Handler:
             if lease is not None:
                 self.core.release(session, [lease.id])
         for shard in dict.fromkeys(damaged):
-            self.mismatches["verify"] += 1
+            self.metrics.mismatches["verify"] += 1
             if shard.present:
                 why = "its bytes no longer have their checksums"
                 self.core.drop(shard, "dropped", why, self.clock.now())
@@ -457,7 +461,7 @@ class Handler:
     def stats(
         self, session: Session, request: node_pb2.StatsRequest, response: node_pb2.StatsResponse
     ) -> None:
-        response.stats.CopyFrom(self._stats())
+        response.stats.CopyFrom(self.metrics.stats())
 
     def explain(
         self, session: Session, request: node_pb2.ExplainRequest, response: node_pb2.ExplainResponse

@@ -246,7 +246,8 @@ class CallConnection:
 
     def _refuse(self, error: FabricError) -> None:
         """Tells the peer why, then stops listening to it."""
-        self.server.count_protocol_error("unix" if self.is_unix else "tcp")
+        kind = "unix" if self.is_unix else "tcp"
+        self.server.handler.metrics.protocol_errors[kind] += 1
         log.warning("protocol_error", why=str(error), unix=self.is_unix)
         with contextlib.suppress(OSError):
             self.sock.send(frames.pack(wire_pb2.Frame(error=to_proto(error))))
@@ -295,11 +296,6 @@ class WireServer:
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.connections: set[CallConnection] = set()
-        self.protocol_errors: dict[str, int] = {"unix": 0, "tcp": 0}
-        self.bulk_read_bytes: dict[str, int] = {"unix": 0, "tcp": 0}
-        self.bulk_read_s: dict[str, float] = {"unix": 0.0, "tcp": 0.0}
-        self.bulk_written_bytes: dict[str, int] = {"unix": 0, "tcp": 0}
-        self.bulk_written_s: dict[str, float] = {"unix": 0.0, "tcp": 0.0}
         self._peers: dict[bytes, Peer] = {}
         self._listeners: list[socket.socket] = []
         self._threads: set[threading.Thread] = set()
@@ -382,9 +378,6 @@ class WireServer:
             return call()
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
-
-    def count_protocol_error(self, kind: str) -> None:
-        self.protocol_errors[kind] += 1
 
     def closed(self, connection: CallConnection) -> None:
         self.connections.discard(connection)

@@ -1,0 +1,59 @@
+"""`python -m kvfabric_nodes`: one memory node in the foreground, without Ray.
+
+Prints one line of JSON with its addresses once it serves; SIGTERM and SIGINT end it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from pydantic import ValidationError
+
+from kvfabric import logs
+from kvfabric.errors import FabricError
+from kvfabric_nodes.node import Node
+from kvfabric_nodes.settings import NodeSettings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvfabric_nodes", description=__doc__)
+    for name, text in (
+        ("node", "the node's name"),
+        ("memory", "bytes of the dram tier, as in 4GiB"),
+        ("segment", "bytes of a segment, the largest shard; default: a sixteenth of the memory"),
+        ("runtime-dir", "where the unix socket goes"),
+        ("manager", "host:port of the gManager"),
+        ("tcp", "host:port of the wire"),
+        ("grpc", "host:port of gRPC"),
+        ("metrics", "host:port of Prometheus metrics"),
+    ):
+        parser.add_argument(f"--{name}", help=text)
+    given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
+    logs.configure()
+    try:
+        settings: Any = given
+        node = Node(NodeSettings(**settings))
+        node.start()
+    except (FabricError, ValidationError) as error:
+        print(f"kvfabric node: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    addresses = MessageToDict(node.endpoints, preserving_proto_field_name=True)
+    line = {"node": node.settings.node, "incarnation": node.incarnation, **addresses}
+    print(json.dumps(line), flush=True)  # noqa: T201
+    while not done.wait(1.0) and not node.wait(0):
+        pass
+    node.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""NodeService over gRPC: the same handler, for clients in any language.
+
+gRPC has no connection to bind a session to, so Hello answers a session id that the
+other calls carry as metadata `kvfabric-session`; a session that is silent for long ends.
+No memory is shared here, so nothing of a session outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from kvfabric import checksums
+from kvfabric.errors import (
+    Conflict,
+    Denied,
+    FabricError,
+    Refused,
+    Retry,
+    Unsupported,
+)
+from kvfabric.rpc.v1 import node_pb2, node_pb2_grpc
+from kvfabric.types import NamespaceId, Status
+from kvfabric.wire.frames import MAX_PAYLOAD_BYTES
+from kvfabric_nodes.core import Grant, Session
+from kvfabric_nodes.handler import Fill, Handler, checked_keys, put_reasons, seconds
+
+log = structlog.get_logger(__name__)
+
+SESSION_METADATA = "kvfabric-session"
+SESSION_SILENCE_S = 600.0
+MAX_SESSIONS = 1024
+MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)
+OFFERED = frozenset({"unchecked"})
+
+_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
+    (Denied, grpc.StatusCode.PERMISSION_DENIED),
+    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
+    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
+    (Retry, grpc.StatusCode.UNAVAILABLE),
+    (Conflict, grpc.StatusCode.ABORTED),
+    (FabricError, grpc.StatusCode.INTERNAL),
+)
+
+
+T = TypeVar("T")
+
+
+class _Guest:
+    def __init__(self, session: Session, seen_s: float) -> None:
+        self.session = session
+        self.seen_s = seen_s
+        self.calls = 0  # under way: such a session does not end
+
+
+class NodeService(node_pb2_grpc.NodeServiceServicer):
+    """See the module. Runs on the core's loop."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._guests: dict[str, _Guest] = {}
+
+    async def _call(self, name: str, request: Any, response: T, context: Any) -> T:
+        guest = await self._guest(context)
+        guest.calls += 1
+        try:
+            later = self._handler.call(name, guest.session, request, response)
+            if later is not None:
+                await later
+        except FabricError as error:
+            await _abort(context, error)
+        finally:
+            guest.calls -= 1
+        return response
+
+    async def Hello(  # noqa: N802
+        self, request: node_pb2.HelloRequest, context: Any
+    ) -> node_pb2.HelloResponse:
+        response = node_pb2.HelloResponse()
+        name = request.session.decode("ascii", "replace") or _session_name(context)
+        guest = self._guests.get(name)
+        try:
+            if guest is None and len(self._guests) >= MAX_SESSIONS:
+                raise Retry(f"{MAX_SESSIONS} gRPC sessions are open; end some, or wait")
+            session = self._handler.hello(
+                guest.session if guest else None, request, response, OFFERED
+            )
+        except FabricError as error:
+            await _abort(context, error)
+            raise
+        if guest is None:
+            name = secrets.token_hex(16)
+            guest = self._guests[name] = _Guest(session, self._handler.clock.now())
+        response.session = name.encode()
+        return response
+
+    async def Read(  # noqa: N802
+        self, request: node_pb2.ReadRequest, context: Any
+    ) -> AsyncIterator[node_pb2.ReadResponse]:
+        guest = await self._guest(context)
+        core = self._handler.core
+        try:
+            lease, found = core.acquire(
+                guest.session,
+                NamespaceId(request.namespace_id),
+                checked_keys(request.keys),
+                seconds(request.deadline_ms),
+                self._handler.clock.now(),
+            )
+        except FabricError as error:
+            await _abort(context, error)
+            raise
+        guest.calls += 1
+        started_s = self._handler.clock.now()
+        try:
+            first = node_pb2.ReadResponse(last=lease is None)
+            first.header.statuses.extend([Status.OK if s else Status.MISS for s in found])
+            first.header.size_bytes.extend([s.size_bytes if s else 0 for s in found])
+            first.header.layers.extend([s.layers if s else 0 for s in found])
+            for shard in lease.shards if lease else ():
+                first.header.checksums.extend(shard.checksums)
+            yield first
+            present = [(i, s) for i, s in enumerate(found) if s]
+            for index, shard in present:
+                view = self._handler.arena.view(
+                    shard.extent.segment, shard.extent.offset, shard.size_bytes
+                )
+                for start in range(0, len(view), MAX_PAYLOAD_BYTES):
+                    payload = bytes(view[start : start + MAX_PAYLOAD_BYTES])
+                    last = index == present[-1][0] and start + len(payload) == len(view)
+                    yield node_pb2.ReadResponse(
+                        index=index, offset=start, payload=payload, last=last
+                    )
+        finally:
+            guest.calls -= 1
+            if lease is not None:
+                core.release(guest.session, [lease.id])
+                elapsed_s = self._handler.clock.now() - started_s
+                self._handler.metrics.read["grpc"].add(lease.size_bytes, elapsed_s)
+
+    async def Write(  # noqa: N802
+        self, requests: AsyncIterator[node_pb2.WriteRequest], context: Any
+    ) -> AsyncIterator[node_pb2.WriteResponse]:
+        guest = await self._guest(context)
+        guest.calls += 1
+        try:
+            async for response in self._write(guest.session, requests):
+                yield response
+        except FabricError as error:
+            await _abort(context, error)
+        finally:
+            guest.calls -= 1
+
+    async def _write(
+        self, session: Session, requests: AsyncIterator[node_pb2.WriteRequest]
+    ) -> AsyncIterator[node_pb2.WriteResponse]:
+        handler, core = self._handler, self._handler.core
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("header"):
+            raise Refused("the first message of a Write must be its header")
+        reservation, grants = handler.reserve_extents(session, first.header)
+        yield _verdicts(grants, last=reservation is None)
+        if reservation is None:
+            return
+        started_s = handler.clock.now()
+        views = {
+            index: handler.arena.view(e.segment, e.offset, item.size_bytes)
+            for index, item in reservation.items.items()
+            for e in (item.extent,)
+        }
+        filled = dict.fromkeys(views, 0)
+        sums: list[int] | None = None
+        try:
+            async for step in requests:
+                if step.HasField("trailer"):
+                    sums = list(step.trailer.checksums)
+                    break
+                view, end = views.get(step.index), step.offset + len(step.payload)
+                if view is None or step.offset != filled[step.index] or end > len(view):
+                    raise Refused(
+                        f"payload for key {step.index} at {step.offset}: send the granted keys' "
+                        "bytes in order, no longer than reserved"
+                    )
+                view[step.offset : end] = step.payload
+                filled[step.index] = end
+            if sums is None:
+                raise Refused("a Write must end with its trailer; nothing was stored")
+            fills, wrong = _compare(session, reservation.layers, views, filled, sums)
+            settled = handler.settle(reservation, fills, wrong)
+        finally:
+            core.abort(reservation)
+        size_bytes = sum(filled.values())
+        handler.metrics.written["grpc"].add(size_bytes, handler.clock.now() - started_s)
+        yield _verdicts([settled.get(i, grant) for i, grant in enumerate(grants)], last=True)
+
+    async def Match(  # noqa: N802
+        self, request: node_pb2.MatchRequest, context: Any
+    ) -> node_pb2.MatchResponse:
+        return await self._call("match", request, node_pb2.MatchResponse(), context)
+
+    async def Reserve(  # noqa: N802
+        self, request: node_pb2.ReserveRequest, context: Any
+    ) -> node_pb2.ReserveResponse:
+        return await self._call("reserve", request, node_pb2.ReserveResponse(), context)
+
+    async def Commit(  # noqa: N802
+        self, request: node_pb2.CommitRequest, context: Any
+    ) -> node_pb2.CommitResponse:
+        return await self._call("commit", request, node_pb2.CommitResponse(), context)
+
+    async def Abort(  # noqa: N802
+        self, request: node_pb2.AbortRequest, context: Any
+    ) -> node_pb2.AbortResponse:
+        return await self._call("abort", request, node_pb2.AbortResponse(), context)
+
+    async def Acquire(  # noqa: N802
+        self, request: node_pb2.AcquireRequest, context: Any
+    ) -> node_pb2.AcquireResponse:
+        return await self._call("acquire", request, node_pb2.AcquireResponse(), context)
+
+    async def Renew(  # noqa: N802
+        self, request: node_pb2.RenewRequest, context: Any
+    ) -> node_pb2.RenewResponse:
+        return await self._call("renew", request, node_pb2.RenewResponse(), context)
+
+    async def Release(  # noqa: N802
+        self, request: node_pb2.ReleaseRequest, context: Any
+    ) -> node_pb2.ReleaseResponse:
+        return await self._call("release", request, node_pb2.ReleaseResponse(), context)
+
+    async def Pin(  # noqa: N802
+        self, request: node_pb2.PinRequest, context: Any
+    ) -> node_pb2.PinResponse:
+        return await self._call("pin", request, node_pb2.PinResponse(), context)
+
+    async def Unpin(  # noqa: N802
+        self, request: node_pb2.UnpinRequest, context: Any
+    ) -> node_pb2.UnpinResponse:
+        return await self._call("unpin", request, node_pb2.UnpinResponse(), context)
+
+    async def Verify(  # noqa: N802
+        self, request: node_pb2.VerifyRequest, context: Any
+    ) -> node_pb2.VerifyResponse:
+        return await self._call("verify", request, node_pb2.VerifyResponse(), context)
+
+    async def Purge(  # noqa: N802
+        self, request: node_pb2.PurgeRequest, context: Any
+    ) -> node_pb2.PurgeResponse:
+        return await self._call("purge", request, node_pb2.PurgeResponse(), context)
+
+    async def Stats(  # noqa: N802
+        self, request: node_pb2.StatsRequest, context: Any
+    ) -> node_pb2.StatsResponse:
+        return await self._call("stats", request, node_pb2.StatsResponse(), context)
+
+    async def Explain(  # noqa: N802
+        self, request: node_pb2.ExplainRequest, context: Any
+    ) -> node_pb2.ExplainResponse:
+        return await self._call("explain", request, node_pb2.ExplainResponse(), context)
+
+    async def _guest(self, context: Any) -> _Guest:
+        guest = self._guests.get(_session_name(context))
+        if guest is None:
+            await _abort(
+                context,
+                Denied(f"no session: call Hello, then send its session as {SESSION_METADATA}"),
+            )
+            raise AssertionError  # abort raises
+        guest.seen_s = self._handler.clock.now()
+        return guest
+
+    async def end_silent_sessions(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(SESSION_SILENCE_S / 10)
+            silent_since_s = self._handler.clock.now() - SESSION_SILENCE_S
+            for name, guest in list(self._guests.items()):
+                if not guest.calls and guest.seen_s < silent_since_s:
+                    del self._guests[name]
+                    self._handler.core.close_session(guest.session)
+
+
+def _compare(
+    session: Session,
+    layers: int,
+    views: dict[int, memoryview],
+    filled: dict[int, int],
+    sums: list[int],
+) -> tuple[list[Fill], dict[int, str]]:
+    """What came, and what is wrong with it by index."""
+    fills: list[Fill] = []
+    wrong: dict[int, str] = {}
+    start = 0
+    for index, view in views.items():
+        count = len(checksums.parts(len(view), layers)) if session.checked else 0
+        fill = Fill(index, view, layers, sums[start : start + count])
+        start += count
+        fills.append(fill)
+        if filled[index] != len(view):
+            wrong[index] = f"{filled[index]} bytes came of {len(view)} reserved; write it again"
+        elif session.checked:
+            wrong[index] = fill.wrong()
+    return fills, wrong
+
+
+def _verdicts(grants: list[Grant], *, last: bool) -> node_pb2.WriteResponse:
+    response = node_pb2.WriteResponse(last=last)
+    response.statuses.extend([grant.status for grant in grants])
+    put_reasons(response.reasons, enumerate(grants))
+    return response
+
+
+def _session_name(context: Any) -> str:
+    return str(dict(context.invocation_metadata() or ()).get(SESSION_METADATA, ""))
+
+
+async def _abort(context: Any, error: FabricError) -> None:
+    code = next(code for kind, code in _CODES if isinstance(error, kind))
+    await context.abort(code, str(error))

@@ -1,0 +1,118 @@
+"""The node's metrics: tallied where things happen, brought into Prometheus's form on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfabric.metrics import NODE_METRICS, Histogram, Metrics
+from kvfabric.rpc.v1 import types_pb2
+from kvfabric_nodes.arena import Arena
+from kvfabric_nodes.core import NodeCore
+
+TIER = "dram"
+TRANSPORTS = ("shm", "unix", "tcp", "grpc")
+
+
+@dataclass(slots=True)
+class Flow:
+    """Payload that went one way by one transport, and the time it took."""
+
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, size_bytes: int, seconds: float) -> None:
+        self.size_bytes += size_bytes
+        self.seconds += seconds
+
+
+class NodeMetrics:
+    """Tallies of the shells, and the snapshot of all. Refreshed on the core's thread only."""
+
+    def __init__(self, node: str, incarnation: int, core: NodeCore, arena: Arena) -> None:
+        self.exported = Metrics(NODE_METRICS)
+        self.read = {transport: Flow() for transport in TRANSPORTS}
+        self.written = {transport: Flow() for transport in TRANSPORTS}
+        self.protocol_errors = {"unix": 0, "tcp": 0}
+        self.mismatches = {"commit": 0, "verify": 0}
+        self.refusals = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
+        self.heartbeats = {"ok": 0, "full": 0, "register": 0}
+        self.incarnation = incarnation
+        self._node = node
+        self._core = core
+        self._arena = arena
+        self._call_seconds: dict[str, Histogram] = {}
+
+    def call_seconds(self, method: str) -> Histogram:
+        found = self._call_seconds.get(method)
+        if found is None:
+            found = self.exported.histogram("kvfabric_node_call_seconds", method)
+            self._call_seconds[method] = found
+        return found
+
+    def stats(self) -> types_pb2.NodeStats:
+        """The node as it is now, every counter included."""
+        self.refresh()
+        core = self._core
+        stats = types_pb2.NodeStats(
+            node=self._node,
+            incarnation=self.incarnation,
+            tiers=[self._tier()],
+            sessions=len(core.sessions),
+            leases=sum(len(s.leases) for s in core.sessions.values()),
+            pins=core.pins,
+            reservations=sum(len(s.reservations) for s in core.sessions.values()),
+        )
+        for name, value in self.exported.flatten():
+            stats.counters.add(name=name, value=value)
+        return stats
+
+    def _tier(self) -> types_pb2.TierStats:
+        books = self._core.books()
+        return types_pb2.TierStats(
+            tier=types_pb2.TIER_DRAM,
+            capacity_bytes=books.capacity_bytes,
+            held_bytes=books.held_bytes,
+            reserved_bytes=books.reserved_bytes,
+            quarantined_bytes=books.quarantined_bytes,
+            free_bytes=books.free_bytes,
+            wasted_bytes=books.wasted_bytes,
+            ready_bytes=self._arena.ready_bytes,
+            shards=books.shards,
+        )
+
+    def refresh(self) -> None:
+        """Brings the exported values up to date."""
+        core, tally = self._core, self._core.tally
+        tier = self._tier()
+        for name in ("capacity", "held", "reserved", "quarantined", "free", "wasted", "ready"):
+            self._set(f"{name}_bytes", getattr(tier, f"{name}_bytes"), TIER)
+        self._set("shards", tier.shards, TIER)
+        self._set("sessions", len(core.sessions))
+        self._set("leases", sum(len(s.leases) for s in core.sessions.values()))
+        self._set("pins", core.pins)
+        self._set("reservations", sum(len(s.reservations) for s in core.sessions.values()))
+        self._set("hits_total", tally.hits)
+        self._set("misses_total", tally.misses)
+        self._set("commits_total", tally.commits)
+        self._set("expired_reservations_total", tally.expired_reservations)
+        self._set("expired_leases_total", tally.expired_leases)
+        for what, shards in tally.dropped_shards.items():
+            self._set("evicted_shards_total", shards, what)
+            self._set("evicted_bytes_total", tally.dropped_bytes[what], what)
+        for name, counts in (
+            ("commit_refusals_total", self.refusals),
+            ("checksum_mismatches_total", self.mismatches),
+            ("protocol_errors_total", self.protocol_errors),
+            ("heartbeats_total", self.heartbeats),
+        ):
+            for label, count in counts.items():
+                self._set(name, count, label)
+        for transport in TRANSPORTS:
+            read, written = self.read[transport], self.written[transport]
+            self._set("read_bytes_total", read.size_bytes, transport)
+            self._set("read_seconds_total", read.seconds, transport)
+            self._set("written_bytes_total", written.size_bytes, transport)
+            self._set("written_seconds_total", written.seconds, transport)
+
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        self.exported.value(f"kvfabric_node_{name}", *labels).value = value

@@ -1,0 +1,237 @@
+"""One memory node in one object: the core and all its shells, on a thread of their own.
+
+The same object runs in a test, in a Ray actor and under `python -m kvfabric_nodes`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import structlog
+
+from kvfabric.clock import Clock, SystemClock
+from kvfabric.errors import FabricError, Refused
+from kvfabric.metrics import MetricsServer
+from kvfabric.rpc.v1 import control_pb2, node_pb2_grpc, types_pb2
+from kvfabric.settings import make_runtime_dir
+from kvfabric.types import PROTOCOL_VERSION
+from kvfabric_nodes.arena import Arena
+from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.extents import Extents
+from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
+from kvfabric_nodes.handler import Handler, Identity
+from kvfabric_nodes.heartbeat import Heartbeat
+from kvfabric_nodes.metrics import NodeMetrics
+from kvfabric_nodes.server import WireServer
+from kvfabric_nodes.settings import NodeSettings
+
+log = structlog.get_logger(__name__)
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
+TICK_S = 0.1  # how late a deadline may be noticed on an idle node
+REFRESH_S = 0.5  # how old a scraped metric may be
+
+
+class Node:
+    """Serves from `start` to `stop`. The endpoints are known once it has started."""
+
+    def __init__(self, settings: NodeSettings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.endpoints = types_pb2.Endpoints(host=host_id())
+        self.incarnation = time.time_ns()
+        self._clock = clock or SystemClock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="kvfabric-node", daemon=True)
+        self._core: NodeCore | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Returns once the node serves; raises what kept it from it."""
+        self._thread.start()
+        self._started.result(START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ends all sessions and gives the memory back. Safe to repeat."""
+        if self._loop is not None and self._stopping is not None:
+            with contextlib.suppress(RuntimeError):  # it has stopped already
+                self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for the node to stop; whether it has."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def check(self) -> None:
+        """Proves the books to the byte, on the core's thread. AssertionError where they err."""
+        assert self._loop is not None
+        assert self._core is not None
+        core = self._core
+
+        async def check() -> None:
+            core.check()
+
+        asyncio.run_coroutine_threadsafe(check(), self._loop).result(STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                log.exception("node_failed")
+            else:
+                self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        settings = self.settings
+        make_runtime_dir(settings.runtime_dir)
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        segment_bytes = settings.segment_bytes
+        core = NodeCore(Extents(settings.memory // segment_bytes, segment_bytes))
+        self._core = core
+        async with contextlib.AsyncExitStack() as stack:
+            arena = Arena(core.extents.segments, segment_bytes)
+            stack.callback(arena.close)
+            metrics = NodeMetrics(settings.node, self.incarnation, core, arena)
+            verifier = stack.enter_context(ThreadPoolExecutor(1, "kvfabric-verify"))
+            identity = Identity(settings.node, self.incarnation, settings.token.encode())
+            handler = Handler(core, arena, self._clock, identity, verifier, metrics)
+            stack.push_async_callback(self._end_tasks)
+            self._open_metrics(metrics, stack)
+            await self._open_grpc(handler, stack)
+            self._open_wire(handler, stack)
+            self._begin(self._tick(core, metrics))
+            if settings.manager:
+                heartbeat = Heartbeat(core, metrics, settings.manager, self._registration(metrics))
+                handler.locate = heartbeat.locate
+                self._begin(heartbeat.run())
+            log.info("node_serves", node=settings.node, **_addresses(self.endpoints))
+            self._started.set_result(None)
+            await self._stopping.wait()
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        assert self._loop is not None
+        self._tasks.append(self._loop.create_task(work))
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _registration(self, metrics: NodeMetrics) -> control_pb2.RegisterRequest:
+        return control_pb2.RegisterRequest(
+            min_version=PROTOCOL_VERSION,
+            max_version=PROTOCOL_VERSION,
+            node=self.settings.node,
+            incarnation=self.incarnation,
+            endpoints=self.endpoints,
+            tiers=metrics.stats().tiers,
+            labels=self.settings.labels,
+        )
+
+    async def _tick(self, core: NodeCore, metrics: NodeMetrics) -> None:
+        refreshed_s = 0.0
+        while True:
+            now_s = self._clock.now()
+            core.tick(now_s)
+            if now_s - refreshed_s >= REFRESH_S:
+                metrics.refresh()
+                refreshed_s = now_s
+            await asyncio.sleep(TICK_S)
+
+    def _open_metrics(self, metrics: NodeMetrics, stack: contextlib.AsyncExitStack) -> None:
+        if self.settings.metrics:
+            server = MetricsServer(metrics.exported, self.settings.metrics)
+            stack.callback(server.stop)
+            self.endpoints.metrics_address = server.address
+
+    async def _open_grpc(self, handler: Handler, stack: contextlib.AsyncExitStack) -> None:
+        if not self.settings.grpc:
+            return
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
+            ]
+        )
+        service = NodeService(handler)
+        node_pb2_grpc.add_NodeServiceServicer_to_server(service, server)
+        host, _, _ = self.settings.grpc.rpartition(":")
+        try:
+            port = server.add_insecure_port(self.settings.grpc)
+        except RuntimeError as error:
+            raise Refused(
+                f"cannot serve gRPC on {self.settings.grpc}: it is in use, or not this machine's; "
+                "choose another address, or port 0"
+            ) from error
+        await server.start()
+        self._begin(service.end_silent_sessions())
+        stack.push_async_callback(server.stop, 1.0)
+        self.endpoints.grpc_address = f"{host}:{port}"
+
+    def _open_wire(self, handler: Handler, stack: contextlib.AsyncExitStack) -> None:
+        server = WireServer(handler)
+        stack.push_async_callback(server.close)
+        path = self.settings.unix_path
+        server.listen(_bind_unix(path))
+        stack.callback(path.unlink, missing_ok=True)
+        self.endpoints.unix_path = str(path)
+        if self.settings.tcp:
+            host, _, port = self.settings.tcp.rpartition(":")
+            try:
+                sock = socket.create_server((host, int(port)), backlog=128)
+            except (OSError, ValueError) as error:
+                raise Refused(
+                    f"cannot listen on tcp {self.settings.tcp}: {error}; choose another address, "
+                    "or port 0"
+                ) from error
+            server.listen(sock)
+            self.endpoints.tcp_address = f"{host}:{sock.getsockname()[1]}"
+
+
+def host_id() -> str:
+    """Equal for processes that can share memory: this boot, this mount of /proc."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.blake2b(boot, digest_size=8).hexdigest()
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    """A socket at `path`, in place of one that nobody listens on any more."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise Refused(
+                        f"another node serves on {path}; stop it, or give this one another name"
+                    )
+            path.unlink()
+        sock.bind(str(path))
+        os.chmod(path, 0o600)
+    except OSError as error:
+        sock.close()
+        raise Refused(f"cannot listen on {path}: {error}; choose another runtime dir") from error
+    except FabricError:
+        sock.close()
+        raise
+    return sock
+
+
+def _addresses(endpoints: types_pb2.Endpoints) -> dict[str, str]:
+    return {field.name: value for field, value in endpoints.ListFields()}
