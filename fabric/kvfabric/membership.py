@@ -36,7 +36,7 @@ class Hearing(enum.Enum):
 
     NEXT = "next"  # the one that was due
     GAP = "gap"  # some before it never came
-    DUPLICATE = "duplicate"  # it, or a later one, was here before
+    DUPLICATE = "duplicate"  # it, or a later one, was here before; or it is of an old stream
     STRANGER = "stranger"  # no such node, or another incarnation of it
 
 
@@ -51,6 +51,7 @@ class Member:
     endpoints: types_pb2.Endpoints
     stats: types_pb2.NodeStats
     labels: Mapping[str, str] = field(default_factory=dict)
+    stream: int = 0  # the newest that heartbeats came on
     sequence: int | None = None  # of the last heartbeat; None: any may come first
 
 
@@ -97,16 +98,23 @@ class Membership:
         )
         return forgotten
 
-    def hear(self, node: NodeId, incarnation: int, sequence: int, now_s: float) -> Hearing:
-        """Note a heartbeat, and say how it relates to those before it."""
+    def hear(
+        self, node: NodeId, incarnation: int, stream: int, sequence: int, now_s: float
+    ) -> Hearing:
+        """Note a heartbeat, and say how it relates to those before it.
+
+        Streams are numbered in the order in which they were opened. A new one may
+        number its heartbeats anew, and what still comes on an older one is stale.
+        """
         member = self._members.get(node)
         if member is None or member.incarnation != incarnation:
             return Hearing.STRANGER
         member.heard_s = now_s
         last = member.sequence
-        if last is not None and sequence <= last:
+        stale = last is not None and stream == member.stream and sequence <= last
+        if stream < member.stream or stale:
             return Hearing.DUPLICATE
-        member.sequence = sequence
+        member.stream, member.sequence = stream, sequence
         return Hearing.NEXT if last is None or sequence == last + 1 else Hearing.GAP
 
     def move(self, node: NodeId, state: NodeState) -> None:

@@ -77,7 +77,9 @@ class ManagerCore:
         A duplicate changes nothing. What a full report says is shown when it is whole
         and its count and hash are right, not before.
         """
-        hearing = self._members.hear(event.node, event.incarnation, event.sequence, now_s)
+        hearing = self._members.hear(
+            event.node, event.incarnation, event.stream, event.sequence, now_s
+        )
         if hearing is Hearing.STRANGER:
             return Answer(event.sequence, Outcome.STRANGER, want_register=True)
         member = self._members[event.node]
@@ -173,7 +175,7 @@ class ManagerCore:
     # Inside
 
     def _greet(self, event: Register, now_s: float) -> None:
-        """The incarnation that we know says its first word again: its stream broke."""
+        """The incarnation that we know registers again: its stream broke."""
         member = self._members[event.node]
         member.endpoints = event.endpoints
         member.labels = dict(event.labels)

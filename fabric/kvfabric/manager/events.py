@@ -40,7 +40,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """See HeartbeatRequest in control.proto. `inventory` is that after this message."""
+    """See HeartbeatRequest in control.proto. `inventory` is that after this message.
+
+    `stream` numbers the streams that a node opened, in their order.
+    """
 
     node: NodeId
     incarnation: int
@@ -51,6 +54,7 @@ class Heartbeat:
     added: tuple[Delta, ...] = ()
     removed: tuple[Delta, ...] = ()
     stats: types_pb2.NodeStats | None = None
+    stream: int = 0
 
 
 class Outcome(enum.Enum):

@@ -1,0 +1,285 @@
+"""ControlService over gRPC, and the server that runs it: the manager without Ray.
+
+The core is guarded by one lock; a call holds it for as long as its batch takes.
+gRPC's threads are used, not its asyncio: several event loops in one process, as in
+tests and embedding, can block one another there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from kvfabric import logs
+from kvfabric.clock import Clock, SystemClock
+from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsupported
+from kvfabric.manager import messages
+from kvfabric.manager.core import ManagerCore
+from kvfabric.manager.epoch import next_epoch
+from kvfabric.manager.events import Answer, Lost
+from kvfabric.manager.settings import ManagerSettings
+from kvfabric.membership import NodeState
+from kvfabric.metrics import MANAGER_METRICS, Metrics, MetricsServer
+from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc, types_pb2
+from kvfabric.stores import MetadataStore, open_store
+from kvfabric.types import PROTOCOL_VERSION
+
+__all__ = ["ControlService", "ManagerServer", "ManagerSettings"]
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+MAX_STREAMS = 1024  # nodes that may be heard at once; each holds one sleeping thread
+MAX_CALLS = 64  # other calls under way at once; more get RESOURCE_EXHAUSTED
+TICKS_PER_SILENCE = 20
+STOP_GRACE_S = 1.0
+_KEEPALIVE_MS = 10_000  # a peer that is gone without a word is noticed after two of them
+
+_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
+    (Denied, grpc.StatusCode.PERMISSION_DENIED),
+    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
+    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
+    (Retry, grpc.StatusCode.UNAVAILABLE),
+    (Conflict, grpc.StatusCode.ABORTED),
+    (FabricError, grpc.StatusCode.INTERNAL),
+)
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second manager on the same port is an error, not a lottery
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+)
+
+log = logs.logger(part="manager")
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
+
+    def __init__(
+        self, settings: ManagerSettings, epoch: int, clock: Clock, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._epoch = epoch
+        self._clock = clock
+        self._metrics = metrics
+        self._lock = threading.Lock()  # guards what follows, and the metrics' values
+        self._core = ManagerCore(settings.silence_ms / 1000)
+        self._streams = itertools.count(1)
+        self._located = metrics.value("kvfabric_manager_locate_keys_total")
+        self._locate_seconds = metrics.histogram("kvfabric_manager_locate_seconds")
+        metrics.value("kvfabric_manager_epoch").value = epoch
+
+    def Register(  # noqa: N802
+        self, request: control_pb2.RegisterRequest, context: Any
+    ) -> control_pb2.RegisterResponse:
+        cause = f"register {request.node}/{request.incarnation}"
+        with _translated(context), logs.cause(cause):
+            event = messages.register(request)
+            with self._lock:
+                answer = self._core.register(event, self._clock.now())
+            if answer.known_incarnation:
+                log.warning("node fenced", node=event.node, known=answer.known_incarnation)
+            else:
+                log.info("node registered", node=event.node, incarnation=event.incarnation)
+            return control_pb2.RegisterResponse(
+                version=PROTOCOL_VERSION,
+                epoch=self._epoch,
+                heartbeat_ms=self._settings.heartbeat_ms,
+                silence_ms=self._settings.silence_ms,
+                known_incarnation=answer.known_incarnation,
+            )
+
+    def Heartbeat(  # noqa: N802
+        self, request_iterator: Iterator[control_pb2.HeartbeatRequest], context: Any
+    ) -> Iterator[control_pb2.HeartbeatResponse]:
+        with self._lock:
+            stream = next(self._streams)
+        for request in request_iterator:
+            with _translated(context):
+                yield messages.answer(self._hear(request, stream), self._epoch)
+
+    def Locate(  # noqa: N802
+        self, request: control_pb2.LocateRequest, context: Any
+    ) -> control_pb2.LocateResponse:
+        with _translated(context):
+            namespace = messages.namespace_id(request.namespace_id)
+            keys = messages.keys(request.keys)
+            with self._lock:
+                begun_s = time.perf_counter()
+                found = self._core.locate(namespace, keys, prefix=request.prefix)
+                self._locate_seconds.observe(time.perf_counter() - begun_s)
+                self._located.value += len(keys)
+            return control_pb2.LocateResponse(
+                place=found.indices, places=messages.places(found.places), epoch=self._epoch
+            )
+
+    def ListNodes(  # noqa: N802
+        self, request: control_pb2.ListNodesRequest, context: Any
+    ) -> control_pb2.ListNodesResponse:
+        with _translated(context), self._lock:
+            now_s = self._clock.now()
+            nodes = [messages.node_info(member, now_s) for member in self._core.members()]
+        return control_pb2.ListNodesResponse(nodes=nodes, epoch=self._epoch)
+
+    def Stats(  # noqa: N802
+        self, request: control_pb2.ControlServiceStatsRequest, context: Any
+    ) -> control_pb2.ControlServiceStatsResponse:
+        with _translated(context), self._lock:
+            self._set_gauges()
+            states = self._core.states()
+            counters = [
+                types_pb2.Counter(name=name, value=value) for name, value in self._metrics.flatten()
+            ]
+            return control_pb2.ControlServiceStatsResponse(
+                epoch=self._epoch,
+                nodes=states[NodeState.LIVE] + states[NodeState.RESYNC],
+                keys=self._core.keys,
+                replicas=self._core.replicas,
+                counters=counters,
+            )
+
+    def Explain(  # noqa: N802
+        self, request: control_pb2.ControlServiceExplainRequest, context: Any
+    ) -> control_pb2.ControlServiceExplainResponse:
+        with _translated(context):
+            namespace, prefix = messages.explain_subject(request)
+            with self._lock:
+                return messages.explanation(
+                    self._core.explain(namespace, prefix, self._clock.now())
+                )
+
+    def tick(self) -> None:
+        """Time has passed; see ManagerCore.tick."""
+        with self._lock:
+            lost = self._core.tick(self._clock.now())
+            self._metrics.value("kvfabric_manager_nodes_lost_total").value += len(lost)
+            self._set_gauges()
+        for each in lost:
+            self._tell_lost(each)
+
+    def check(self) -> None:
+        """Broken unless the core's books agree."""
+        with self._lock:
+            self._core.check()
+
+    def _hear(self, request: control_pb2.HeartbeatRequest, stream: int) -> Answer:
+        event = messages.heartbeat(request, stream)
+        with self._lock:
+            answer = self._core.heartbeat(event, self._clock.now())
+            outcome = answer.outcome.value
+            self._metrics.value("kvfabric_manager_heartbeats_total", outcome).value += 1
+            if answer.cause:
+                wanted = self._metrics.value(
+                    "kvfabric_manager_full_reports_total", answer.cause.value
+                )
+                wanted.value += 1
+        if answer.cause:
+            with logs.cause(f"heartbeat {event.node}/{event.incarnation}/{event.sequence}"):
+                log.warning("full report wanted", node=event.node, why=answer.cause.value)
+        return answer
+
+    def _set_gauges(self) -> None:
+        for state, count in self._core.states().items():
+            self._metrics.value("kvfabric_manager_nodes", state.value).value = count
+        self._metrics.value("kvfabric_manager_keys").value = self._core.keys
+        self._metrics.value("kvfabric_manager_replicas").value = self._core.replicas
+
+    def _tell_lost(self, lost: Lost) -> None:
+        log.warning(
+            "node lost", node=lost.node, incarnation=lost.incarnation, replicas=lost.replicas
+        )
+
+
+class ManagerServer:
+    """One manager: store, epoch, gRPC, metrics and the passing of time, in threads of its own."""
+
+    def __init__(self, settings: ManagerSettings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.epoch = 0  # of a started server
+        self.address = ""  # host:port of ControlService, likewise
+        self.metrics_address = ""  # host:port, empty where not served
+        self._clock = clock or SystemClock()
+        self._stopping = threading.Event()
+        self._running = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Returns once it serves. Refused where the store or an address cannot be had."""
+        with contextlib.ExitStack() as started:
+            store = self._open_store(started)
+            self.epoch = next_epoch(store)
+            metrics = Metrics(MANAGER_METRICS)
+            self._service = ControlService(self.settings, self.epoch, self._clock, metrics)
+            self.address = self._serve(started)
+            if self.settings.metrics:
+                server = MetricsServer(metrics, self.settings.metrics)
+                started.callback(server.stop)
+                self.metrics_address = server.address
+            self._stopping.clear()
+            ticker = threading.Thread(target=self._tick, name="manager-tick", daemon=True)
+            ticker.start()
+            started.callback(ticker.join)
+            started.callback(self._stopping.set)
+            self._running = started.pop_all()
+        log.info("manager serves", address=self.address, epoch=self.epoch)
+
+    def stop(self) -> None:
+        """Ends calls and streams, gives everything back. May be repeated."""
+        self._running.close()
+
+    def check(self) -> None:
+        """Broken unless the books of the started server agree. Reads every key: for tests."""
+        self._service.check()
+
+    def _open_store(self, started: contextlib.ExitStack) -> MetadataStore:
+        store = open_store(self.settings.store_address())
+        started.callback(store.close)
+        return store
+
+    def _serve(self, started: contextlib.ExitStack) -> str:
+        pool = ThreadPoolExecutor(MAX_STREAMS + MAX_CALLS, thread_name_prefix="manager-call")
+        started.callback(pool.shutdown)
+        server = grpc.server(
+            pool, options=_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS + MAX_CALLS
+        )
+        control_pb2_grpc.add_ControlServiceServicer_to_server(self._service, server)
+        listen = self.settings.listen
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise Refused(
+                f"cannot listen on {listen}: {error}; is another manager there? "
+                "Stop it, or name another address or port 0"
+            ) from error
+        server.start()
+        started.callback(lambda: server.stop(STOP_GRACE_S).wait())
+        return f"{listen.rpartition(':')[0]}:{port}"
+
+    def _tick(self) -> None:
+        interval_s = self.settings.silence_ms / 1000 / TICKS_PER_SILENCE
+        while not self._stopping.wait(interval_s):
+            try:
+                self._service.tick()
+            except FabricError:
+                log.exception("tick failed")
+
+
+@contextlib.contextmanager
+def _translated(context: Any) -> Iterator[None]:
+    """A fabric's error becomes the call's status, with its text."""
+    try:
+        yield
+    except FabricError as error:
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        if code is grpc.StatusCode.INTERNAL:
+            log.exception("call failed")
+        context.abort(code, str(error))
