@@ -1,0 +1,45 @@
+"""A vLLM engine in a process of its own. Run as a script with the engine's arguments in JSON.
+
+One JSON request a line on stdin, one answer a line on what was stdout; logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(**json.loads(sys.argv[1]))
+
+    def answer(said: object) -> None:
+        print(json.dumps(said), file=answers, flush=True)
+
+    def generate(request: dict[str, Any]) -> list[dict[str, object]]:
+        params = SamplingParams(
+            temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        return [
+            {"tokens": list(out.outputs[0].token_ids), "cached": out.num_cached_tokens}
+            for out in engine.generate(prompts, params, use_tqdm=False)
+        ]
+
+    answer("ready")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("forget"):
+            answer(engine.reset_prefix_cache())
+        else:
+            answer(generate(request))
+    engine.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
