@@ -7,13 +7,17 @@ clients and peers talk to it directly and nothing of theirs passes through Ray.
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import ray
 import structlog
+from pydantic import ValidationError
 
 from kvfabric import logs
-from kvfabric.errors import FabricError
+from kvfabric.errors import FabricError, Refused
 from kvfabric.settings import make_runtime_dir, runtime_dir
 from kvfabric_nodes.node import Node
 from kvfabric_nodes.settings import NodeSettings
@@ -26,63 +30,70 @@ LISTENERS = ("tcp", "grpc", "metrics")
 class NodeActor:
     """Serves the node `name` for as long as the actor lives. All methods can be repeated.
 
-    It listens on the Ray node's own address. Started again, by Ray, it serves under the same
-    name, socket and, if nobody else took them meanwhile, ports.
+    It listens on the Ray node's own address. Started again by Ray it serves under the same
+    name and socket, and on the same ports if nobody took them meanwhile. If the node ends by
+    itself the process ends with it, so that Ray starts another.
     """
 
     def __init__(self, name: str, manager: str, memory_bytes: int, directory: str = "") -> None:
         logs.configure()
-        self._name = name
-        host = ray.util.get_node_ip_address()
         folder = make_runtime_dir(Path(directory) if directory else runtime_dir())
-        settings = NodeSettings(
-            node=name,
-            memory=memory_bytes,
-            runtime_dir=folder,
-            manager=manager,
-            **dict.fromkeys(LISTENERS, f"{host}:0"),
-        )
-        remembered = folder / f"{name}.ports"
-        self._node = _started(settings, host, remembered)
+        given: dict[str, Any] = {
+            "node": name,
+            "memory": memory_bytes,
+            "runtime_dir": folder,
+            "manager": manager,
+        }
+        try:
+            self._node = _started(given, ray.util.get_node_ip_address(), folder / f"{name}.ports")
+        except ValidationError as error:
+            reasons = "; ".join(detail["msg"] for detail in error.errors())
+            raise Refused(f"node {name}: {reasons}") from error
+        self._stopping = False
+        threading.Thread(target=self._end_with_node, name="kvfabric-watch", daemon=True).start()
 
     @ray.method
     def name(self) -> str:
-        return self._name
+        return self._node.settings.node
 
     @ray.method
     def stop(self) -> None:
+        self._stopping = True
         self._node.stop()
 
+    def _end_with_node(self) -> None:
+        self._node.wait()
+        if not self._stopping:
+            os._exit(1)
 
-def _started(settings: NodeSettings, host: str, remembered: Path) -> Node:
+
+def _started(given: dict[str, Any], host: str, remembered: Path) -> Node:
     """A serving node: on the ports of its last start, else on free ones, which are noted."""
-    node = None
     ports = _read(remembered)
     if ports:
-        addresses = {listener: f"{host}:{ports[listener]}" for listener in ports}
-        node = Node(settings.model_copy(update=addresses))
         try:
-            node.start()
+            return _start(given, host, ports)
         except FabricError as error:
             log.warning("ports_taken", why=str(error), effect="the node takes others")
-            node = None
-    if node is None:
-        node = Node(settings)
-        node.start()
-    endpoints = node.endpoints
-    addresses = {
-        "tcp": endpoints.tcp_address,
-        "grpc": endpoints.grpc_address,
-        "metrics": endpoints.metrics_address,
+    node = _start(given, host, dict.fromkeys(LISTENERS, 0))
+    ports = {
+        name: int(getattr(node.endpoints, f"{name}_address").rpartition(":")[2])
+        for name in LISTENERS
     }
-    ports = {name: int(address.rpartition(":")[2]) for name, address in addresses.items()}
     remembered.write_text(json.dumps(ports))
+    return node
+
+
+def _start(given: dict[str, Any], host: str, ports: dict[str, int]) -> Node:
+    addresses: dict[str, Any] = {name: f"{host}:{ports[name]}" for name in LISTENERS}
+    node = Node(NodeSettings(**given, **addresses))
+    node.start()
     return node
 
 
 def _read(path: Path) -> dict[str, int]:
     try:
         ports = json.loads(path.read_text())
-        return {listener: int(ports[listener]) for listener in LISTENERS}
-    except (OSError, ValueError, KeyError, TypeError):  # the first start, or an unreadable note
+        return {name: int(ports[name]) for name in LISTENERS}
+    except (OSError, ValueError, KeyError, TypeError):  # the first start, or a torn note
         return {}

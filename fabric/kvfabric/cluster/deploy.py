@@ -135,6 +135,8 @@ def down(runtime_dir: Path, report: Report) -> Down:
 
     Raises Broken if a process survives SIGKILL, and then leaves the record.
     """
+    if not runtime_dir.is_dir():
+        return Down(found=False)
     with _locked(runtime_dir):
         fabric = record.read(runtime_dir)
         if fabric is None:
@@ -248,7 +250,7 @@ def _end_local(runtime_dir: Path, mark: str, scratch: str) -> int:
     """Ends all processes with that mark and removes what they left; says how many were killed."""
     for launcher in processes.marked(mark)[:1]:  # the oldest: the others descend from it
         processes.signal_one(launcher, mark, signal.SIGTERM)
-    processes.wait_until_gone(mark, time.monotonic() + DOWN_DEADLINE_S)
+        processes.wait(launcher, time.monotonic() + DOWN_DEADLINE_S)
     killed, rest = processes.end(mark, grace_s=GRACE_S, kill_s=KILL_S)
     if rest:
         raise errors.Broken(
@@ -260,7 +262,7 @@ def _end_local(runtime_dir: Path, mark: str, scratch: str) -> int:
 
 
 def _clean(runtime_dir: Path, scratch: str) -> None:
-    for path in stale_sockets(runtime_dir):
+    for path in (*stale_sockets(runtime_dir), *runtime_dir.glob("*.ports")):
         path.unlink(missing_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     (runtime_dir / TOKEN_NAME).unlink(missing_ok=True)

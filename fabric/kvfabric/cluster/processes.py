@@ -54,10 +54,11 @@ def end(mark: str, *, grace_s: float, kill_s: float) -> tuple[int, list[Process]
 
     Returns how many had to be killed, and those that live on in spite of it.
     """
+    found = marked(mark)
+    _signal_all(found, mark, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    _signal_all(marked(mark), mark, signal.SIGTERM)
-    if not wait_until_gone(mark, deadline):
-        return 0, []
+    for process in found:
+        wait(process, deadline)
     killed: set[Process] = set()
     deadline = time.monotonic() + kill_s
     while (rest := marked(mark)) and time.monotonic() < deadline:
@@ -67,16 +68,12 @@ def end(mark: str, *, grace_s: float, kill_s: float) -> tuple[int, list[Process]
     return len(killed), rest
 
 
-def wait_until_gone(mark: str, deadline: float) -> list[Process]:
-    """Waits for the last marked process to end; those still there at `deadline` (monotonic)."""
-    while rest := marked(mark):
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            return rest
-        with _pidfd(rest[-1].pid) as descriptor:
-            if descriptor is not None:
-                select.select([descriptor], [], [], min(left_s, 0.2))
-    return []
+def wait(process: Process, deadline: float) -> bool:
+    """Waits for a process to end, until `deadline` (monotonic); says whether it has."""
+    with _pidfd(process.pid) as descriptor:
+        if descriptor is not None and process.alive:
+            select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+    return not process.alive
 
 
 def signal_one(process: Process, mark: str, number: signal.Signals) -> bool:

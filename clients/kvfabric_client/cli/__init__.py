@@ -1,0 +1,1 @@
+"""The command `kvfabric`: each module is a few commands; they import what they need when run."""

@@ -1,0 +1,76 @@
+"""What the commands share: the options that several have, sizes in words, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+RuntimeDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-dir",
+        help="Where sockets and fabric.json are; else KVFABRIC_RUNTIME_DIR, else the user's own.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="As JSON on standard output.")]
+
+
+def chosen_runtime_dir(option: Path | None) -> Path:
+    """The directory that the option names, else the user's own; it need not be there."""
+    from kvfabric.settings import runtime_dir
+
+    return option or runtime_dir()
+
+
+def size(size_bytes: float) -> str:
+    """Three digits and a unit: 512 B, 1.5 GiB."""
+    value, index = float(size_bytes), 0
+    while value >= 999.5 and index < len(_UNITS) - 1:
+        value, index = value / 1024, index + 1
+    digits = 0 if index == 0 or value >= 99.95 else 1
+    return f"{value:.{digits}f} {_UNITS[index]}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units that matter: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest_s = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table; the columns named in `right` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return made
+
+
+def print_json(data: object) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=2))

@@ -1,0 +1,35 @@
+"""`kvfabric demo` and `kvfabric bench`: handed on whole to the packages that own them.
+
+They import numpy, and more; so each is imported when it is run, and brings its own options.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import typer
+
+# Everything behind the command's name, --help included, belongs to the other app.
+PASS_ON: dict[str, Any] = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+}
+
+
+def demo(context: typer.Context) -> None:
+    """Two engine processes, one after the other, share KV through a fabric."""
+    _hand_on("kvfabric_client.demo.command", context)
+
+
+def bench(context: typer.Context) -> None:
+    """Measure the fabric on this machine, each figure beside its limit."""
+    _hand_on("kvfabric_client.bench.command", context)
+
+
+def _hand_on(module: str, context: typer.Context) -> None:
+    app: typer.Typer = importlib.import_module(module).app
+    command = typer.main.get_command(app)
+    command.main(list(context.args), prog_name=context.command_path, standalone_mode=False)
