@@ -18,7 +18,7 @@ class ManagerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KVFABRIC_MANAGER_", extra="forbid", frozen=True)
 
-    listen: str = Field("127.0.0.1:7400", pattern=r"^.+:\d{1,5}$")
+    listen: str = Field(default="127.0.0.1:7400", pattern=r"^.+:\d{1,5}$")
     """host:port of ControlService; port 0 takes a free one."""
 
     store: str = ""
@@ -27,10 +27,10 @@ class ManagerSettings(BaseSettings):
     runtime_dir: str = ""
     """Empty: the user's, see kvfabric.settings.runtime_dir."""
 
-    heartbeat_ms: int = Field(500, ge=10, le=60_000)
+    heartbeat_ms: int = Field(default=500, ge=10, le=60_000)
     """What nodes are told to keep between two heartbeats."""
 
-    silence_ms: int = Field(5_000, ge=50, le=600_000)
+    silence_ms: int = Field(default=5_000, ge=50, le=600_000)
     """A node that is silent for longer is lost."""
 
     metrics: str = ""
