@@ -94,7 +94,7 @@ class ManagerCore:
         if cause is not None and member.state is NodeState.RESYNC:
             self._note(event.node, "full report wanted", cause.value, now_s)
         wants = self._wants_full(member)
-        outcome = Outcome.APPLIED if applied is True else Outcome.IGNORED
+        outcome = Outcome.APPLIED if applied is True else Outcome.DISTRUSTED
         return Answer(event.sequence, outcome, wants, cause=cause if wants else None)
 
     def tick(self, now_s: float) -> list[Lost]:
@@ -191,7 +191,7 @@ class ManagerCore:
         return None
 
     def _apply(self, member: Member, event: Heartbeat, now_s: float) -> bool | Cause:
-        """Whether the message changed the books as it asked, or why a full report is wanted."""
+        """Whether the books agree with the message, or why a full report is wanted."""
         if event.full:
             return self._apply_report(member, event, now_s)
         if member.node in self._reporting:

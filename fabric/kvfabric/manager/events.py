@@ -60,8 +60,8 @@ class Heartbeat:
 class Outcome(enum.Enum):
     """What became of a heartbeat."""
 
-    APPLIED = "applied"
-    IGNORED = "ignored"  # its node must give a full report first
+    APPLIED = "applied"  # the books agree with it, or it is part of a larger message
+    DISTRUSTED = "distrusted"  # they do not, or it is void until a full report has come
     DUPLICATE = "duplicate"
     STRANGER = "stranger"
 
