@@ -1,0 +1,281 @@
+"""Prefixes of a transformers `DynamicCache`, stored in the fabric and restored from it.
+
+The model computes what is not restored. Whatever happens to the fabric, `store` and `restore`
+return: with less stored, or nothing restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+import structlog
+import torch
+from blake3 import blake3
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvfabric.errors import FabricError, Refused, Unsupported
+from kvfabric.keys import chain, fingerprint_digest, shard_key
+from kvfabric.types import DEFAULT_TENANT, Fingerprint, Format, Key, Namespace, Part, Status
+from kvfabric_client.client import Client, Room
+from kvfabric_client.integrations.fingerprint import named_digest, settings_digest
+
+BLOCK_TOKENS = 64
+MAX_BATCH_BLOCKS = 64  # shards under way in one call
+TIMEOUT_S = 5.0
+HELD = (Status.OK, Status.EXISTS)
+
+# What a config says of the files and of the run, not of the KV.
+UNRELATED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype")
+
+log = structlog.get_logger(__name__)
+
+
+class PrefixStore:
+    """One model's prefixes: blocks of `block_tokens` tokens, batch size 1, full attention only.
+
+    A shard is one block: layer-major, each layer's K and then V, each `[kv_heads, block_tokens,
+    head_dim]`. The namespace carries a digest of the weights as they are in memory, taken anew
+    once any of them was changed in place (writes through `.data`, and to a model that was loaded
+    in inference mode, stay unseen: make a new store after them).
+    Not for use by several threads at once. Unsupported for models with other than full attention.
+    """
+
+    def __init__(
+        self,
+        fabric: Client,
+        model: PreTrainedModel,
+        *,
+        block_tokens: int = BLOCK_TOKENS,
+        tenant: str = DEFAULT_TENANT,
+        salt: bytes = b"",
+        ttl_s: float = 0.0,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._fabric = fabric
+        self._model = model
+        self._block_tokens = block_tokens
+        self._tenant = tenant
+        self._salt = salt
+        self._ttl_s = ttl_s
+        self._timeout_s = timeout_s
+        self._room: Room | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._refresh()
+
+    def store(self, cache: DynamicCache, token_ids: Sequence[int]) -> int:
+        """Stores the whole blocks of `token_ids`, whose KV the cache begins with.
+
+        Returns how many leading tokens the fabric holds now; 0 where it cannot be reached.
+        Safe to repeat. Refused where the cache holds fewer tokens, or more than one sequence.
+        """
+        self._refresh()
+        blocks = len(token_ids) // self._format.block_tokens
+        _check_holds(cache, blocks * self._format.block_tokens, self._format)
+        if not blocks:
+            return 0
+        try:
+            room = self._open()
+            keys = self._keys(room, token_ids, blocks)
+            held = end = room.match(keys).matched
+            while held == end < blocks:
+                end = min(blocks, held + MAX_BATCH_BLOCKS)
+                held += self._put(room, cache, keys, held, end)
+        except FabricError as error:
+            log.warning("store_failed", error=str(error))
+            return 0
+        return held * self._format.block_tokens
+
+    def restore(self, token_ids: Sequence[int]) -> tuple[DynamicCache, int]:
+        """Returns a new cache with the longest stored prefix, and how many tokens that is.
+
+        At least the last token is left to compute. The caller owns the cache. A fabric that
+        fails or is slow means fewer tokens, or none.
+        """
+        self._refresh()
+        blocks = (len(token_ids) - 1) // self._format.block_tokens
+        cache = DynamicCache(config=self._model.config)
+        if blocks <= 0:
+            return cache, 0
+        try:
+            found = self._load(token_ids, blocks)
+        except FabricError as error:
+            log.warning("restore_failed", error=str(error))
+            return cache, 0
+        if len(found):
+            _fill(cache, found.to(self._model.device))
+        return cache, len(found) * self._format.block_tokens
+
+    def _put(
+        self, room: Room, cache: DynamicCache, keys: Sequence[Key], first: int, end: int
+    ) -> int:
+        """Puts blocks first..end; returns how many of them, from the first on, are held."""
+        packed = _pack(cache, first, end, self._format)
+        parents = [keys[index - 1] if index else Key(b"") for index in range(first, end)]
+        statuses = room.put(
+            keys[first:end],
+            _rows(packed),
+            parents=parents,
+            layers=self._format.layers,
+            ttl_s=self._ttl_s,
+            timeout_s=self._timeout_s,
+        )
+        return _leading(statuses, HELD)
+
+    def _load(self, token_ids: Sequence[int], blocks: int) -> torch.Tensor:
+        """`[found blocks, layers, 2, kv_heads, block_tokens, head_dim]`, at most `blocks`."""
+        room = self._open()
+        keys = self._keys(room, token_ids, blocks)
+        matched = room.match(keys).matched
+        form = self._format
+        shape = (matched, form.layers, 2, form.kv_heads, form.block_tokens, form.head_dim)
+        packed = torch.empty(shape, dtype=getattr(torch, form.dtype))
+        rows = _rows(packed)
+        for first in range(0, matched, MAX_BATCH_BLOCKS):
+            end = min(matched, first + MAX_BATCH_BLOCKS)
+            statuses = room.get_into(
+                keys[first:end], rows[first:end], layers=form.layers, timeout_s=self._timeout_s
+            )
+            got = _leading(statuses, (Status.OK,))
+            if got < end - first:
+                return packed[: first + got]
+        return packed
+
+    def _keys(self, room: Room, token_ids: Sequence[int], blocks: int) -> list[Key]:
+        form = self._format
+        size = form.block_tokens
+        links = chain(token_ids[at : at + size] for at in range(0, blocks * size, size))
+        return [
+            shard_key(room.id, link, Part(index * size, size, 0, form.layers, 0, form.kv_heads))
+            for index, link in enumerate(links)
+        ]
+
+    def _refresh(self) -> None:
+        """Takes format and fingerprint anew where the weights are not what they were."""
+        versions = [_version(tensor) for _, tensor in _tensors(self._model)]
+        if versions == self._versions:
+            return
+        self._format = _format(self._model, self._block_tokens)
+        digest = fingerprint_digest(model_fingerprint(self._model, self._format))
+        self._namespace = Namespace(self._tenant, digest, self._salt)
+        self._room = None
+        self._versions = versions
+
+    def _open(self) -> Room:
+        if self._room is None:
+            self._room = self._fabric.open(self._namespace)
+        return self._room
+
+
+def model_fingerprint(model: PreTrainedModel, form: Format) -> Fingerprint:
+    """What this model's KV depends on; its weights revision is a digest of them in memory.
+
+    Token ids, not text, are what keys are made of, so the tokenizer is left out.
+    """
+    config = {name: v for name, v in model.config.to_dict().items() if name not in UNRELATED}
+    return Fingerprint(
+        model=str(config["model_type"]),
+        weights_revision=named_digest(
+            (f"{name} {tensor.dtype} {list(tensor.shape)}", _digest(tensor))
+            for name, tensor in _tensors(model)
+        ),
+        config=settings_digest(config),
+        tokenizer="",
+        rotary=settings_digest({name: v for name, v in config.items() if name.startswith("rope")}),
+        format=form,
+    )
+
+
+def _format(model: PreTrainedModel, block_tokens: int) -> Format:
+    if block_tokens < 1:
+        raise Refused(f"a block of {block_tokens} tokens holds nothing; give at least 1")
+    config = model.config.get_text_config(decoder=True)
+    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {
+        DynamicLayer.__name__
+    }
+    if others:
+        raise Unsupported(
+            f"{config.model_type} has layers that keep other than the whole KV "
+            f"({', '.join(sorted(others))}); only full attention is stored"
+        )
+    heads = config.num_attention_heads
+    return Format(
+        dtype=str(model.dtype).removeprefix("torch."),
+        block_tokens=block_tokens,
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights and buffers by name; tied ones once. The rotary frequencies are a buffer."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes with every write in place, also without gradients, and with the memory itself."""
+    if tensor.is_inference():  # has no counter: a model loaded in inference mode is not watched
+        return tensor.data_ptr(), 0
+    return tensor.data_ptr(), tensor._version  # noqa: SLF001  torch has no public name for it
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    raw = _as_bytes(tensor.detach().cpu().contiguous())
+    return blake3(raw, max_threads=blake3.AUTO).digest()
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, not a copy of it."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _rows(packed: torch.Tensor) -> list[memoryview]:
+    return [_as_bytes(block) for block in packed]
+
+
+def _check_holds(cache: DynamicCache, tokens: int, form: Format) -> None:
+    """Refused unless every layer holds one sequence of at least `tokens` in this format."""
+    if len(cache.layers) != form.layers:
+        raise Refused(f"the cache has {len(cache.layers)} layers, the model {form.layers}")
+    for index, layer in enumerate(cache.layers):
+        for tensor in (layer.keys, layer.values):
+            shape = [] if tensor is None else list(tensor.shape)
+            if (
+                len(shape) != 4
+                or shape[2] < tokens
+                or shape != [1, form.kv_heads, shape[2], form.head_dim]
+            ):
+                raise Refused(
+                    f"layer {index} of the cache is {shape}; to store {tokens} tokens it must be "
+                    f"[1, {form.kv_heads}, at least {tokens}, {form.head_dim}]"
+                )
+
+
+def _pack(cache: DynamicCache, first: int, end: int, form: Format) -> torch.Tensor:
+    """`[blocks, layers, 2, kv_heads, block_tokens, head_dim]` of blocks first..end."""
+    size = form.block_tokens
+    shape = (end - first, form.layers, 2, form.kv_heads, size, form.head_dim)
+    packed = torch.empty(shape, dtype=getattr(torch, form.dtype))
+    for index, layer in enumerate(cache.layers):
+        for which, tensor in enumerate((layer.keys, layer.values)):
+            tokens = tensor.detach()[0, :, first * size : end * size]
+            blocks = tokens.unflatten(1, (end - first, size)).transpose(0, 1)
+            packed[:, index, which].copy_(blocks)
+    return packed
+
+
+def _fill(cache: DynamicCache, packed: torch.Tensor) -> None:
+    """The reverse of `_pack`, into an empty cache."""
+    for index in range(packed.shape[1]):
+        keys, values = (
+            packed[:, index, which].transpose(0, 1).flatten(1, 2).unsqueeze(0) for which in (0, 1)
+        )
+        cache.update(keys, values, index)
+
+
+def _leading(statuses: Sequence[Status], wanted: Sequence[Status]) -> int:
+    """How many statuses, from the first on, are among those wanted."""
+    return sum(1 for _ in takewhile(lambda status: status in wanted, statuses))
