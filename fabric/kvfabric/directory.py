@@ -340,7 +340,6 @@ class Directory:
             self._places[place] = left
             if self._ids.get(old) == place:
                 del self._ids[old]
-            self._ids.setdefault(left, place)
         self._tidy_tables()
         if any(self._ids[holders] != place for place, holders in self._places.items()):
             for namespace in self._rooms:
@@ -364,7 +363,7 @@ class Directory:
                 del self._places[place], self._counts[place]
                 if self._ids.get(holders) == place:
                     del self._ids[holders]
-        # A place whose namesake was just dropped becomes the one that new keys get.
+        # Where no place with these holders is the one that new keys get, this becomes it.
         for place, holders in self._places.items():
             self._ids.setdefault(holders, place)
         for namespace in [each for each, room in self._rooms.items() if not any(room)]:

@@ -156,6 +156,30 @@ def test_the_sweep_forgets_keys_that_nobody_holds(directory: Directory) -> None:
     assert directory._rooms == {}
 
 
+def test_keys_move_between_places_that_were_forgotten_meanwhile(directory: Directory) -> None:
+    # Given the places {a}, {b} and {a, b}, of which only the last is in use
+    c = NodeId("c")
+    for node in (A, B):
+        directory.add(A, ROOM, Tier.DRAM, keys(1))
+        directory.add(B, ROOM, Tier.DRAM, keys(1))
+        directory.remove(node, ROOM, Tier.DRAM, keys(1))
+    directory.add(A, ROOM, Tier.DRAM, keys(1))
+    directory.add(B, ROOM, Tier.DRAM, keys(1))
+
+    # When the loss of another node makes the directory forget the others
+    directory.add(c, ROOM, Tier.DRAM, keys(2))
+    directory.drop(c)
+    directory.check()
+
+    # Then they come into being again
+    directory.remove(A, ROOM, Tier.DRAM, keys(1))
+    directory.add(A, ROOM, Tier.DRAM, keys(3))
+    assert directory.locate(ROOM, [key(1), key(3)], prefix=True).places == [
+        (Replica(B, Tier.DRAM),),
+        (Replica(A, Tier.DRAM),),
+    ]
+
+
 def test_an_emptied_namespace_is_forgotten(directory: Directory) -> None:
     directory.add(A, ROOM, Tier.DRAM, keys(1))
     directory.remove(A, ROOM, Tier.DRAM, keys(1))

@@ -106,6 +106,13 @@ class Convergence(RuleBasedStateMachine):
         node = self.nodes[name]
         node.held = node.held - changed if evict else node.held | changed
 
+    @rule(name=st.sampled_from(NODES))
+    def swap_tiers(self, name: NodeId) -> None:
+        """What neither count nor hash can tell."""
+        node = self.nodes[name]
+        other = {Tier.DRAM: Tier.FILE, Tier.FILE: Tier.DRAM}
+        node.held = {(other[tier], key) for tier, key in node.held}
+
     @rule(
         name=st.sampled_from(NODES),
         pieces=st.integers(1, 3),
