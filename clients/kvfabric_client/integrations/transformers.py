@@ -134,9 +134,7 @@ class PrefixStore:
         rows = _rows(packed)
         for first in range(0, matched, MAX_BATCH_BLOCKS):
             end = min(matched, first + MAX_BATCH_BLOCKS)
-            statuses = room.get_into(
-                keys[first:end], rows[first:end], layers=form.layers, timeout_s=self._timeout_s
-            )
+            statuses = room.get_into(keys[first:end], rows[first:end], timeout_s=self._timeout_s)
             got = _leading(statuses, (Status.OK,))
             if got < end - first:
                 return packed[: first + got]
