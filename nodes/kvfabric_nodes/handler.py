@@ -52,6 +52,7 @@ class Identity:
     node: str
     incarnation: int
     token: bytes = b""
+    manager: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ class Handler:
         response.max_shard_bytes = self.core.extents.segment_bytes
         response.max_batch = self.core.limits.batch_keys
         response.max_deadline_ms = int(self.core.limits.deadline_s * 1000)
+        response.manager = self.identity.manager
         return session
 
     def _negotiate(self, request: node_pb2.HelloRequest) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import socket
 import threading
@@ -23,7 +22,7 @@ from kvfabric.clock import Clock, SystemClock
 from kvfabric.errors import FabricError, Refused
 from kvfabric.metrics import MetricsServer
 from kvfabric.rpc.v1 import control_pb2, node_pb2_grpc, types_pb2
-from kvfabric.settings import make_runtime_dir
+from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import NodeCore
@@ -109,7 +108,9 @@ class Node:
             stack.callback(arena.close)
             metrics = NodeMetrics(settings.node, self.incarnation, core, arena)
             verifier = stack.enter_context(ThreadPoolExecutor(1, "kvfabric-verify"))
-            identity = Identity(settings.node, self.incarnation, settings.token.encode())
+            identity = Identity(
+                settings.node, self.incarnation, settings.token.encode(), settings.manager
+            )
             handler = Handler(core, arena, self._clock, identity, verifier, metrics)
             stack.push_async_callback(self._end_tasks)
             self._open_metrics(metrics, stack)
@@ -203,12 +204,6 @@ class Node:
                 ) from error
             server.listen(sock)
             self.endpoints.tcp_address = f"{host}:{sock.getsockname()[1]}"
-
-
-def host_id() -> str:
-    """Equal for processes that can share memory: this boot, this mount of /proc."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    return hashlib.blake2b(boot, digest_size=8).hexdigest()
 
 
 def _bind_unix(path: Path) -> socket.socket:

@@ -7,12 +7,11 @@ so a late answer does not cost the connection, nor the session that it carries.
 from __future__ import annotations
 
 import socket
-from collections import deque
 from typing import Protocol, cast
 
 from google.protobuf.message import Message
 
-from kvfabric.errors import FabricError, Refused, Unreachable, from_proto
+from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Unreachable, from_proto
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames, sockets
 
@@ -32,7 +31,8 @@ class Connection:
         self.retired: list[int] = []  # segments that the node wants back
         self._sock = sockets.connect(address, deadline_s)
         self._inbox = frames.Inbox()
-        self._arrived: deque[wire_pb2.Frame] = deque()
+        self._awaited: set[int] = set()
+        self._arrived: dict[int, wire_pb2.Frame] = {}
         self._next_id = 1
         self.closed = False
 
@@ -41,31 +41,27 @@ class Connection:
 
         Raises the error that the peer answered, DeadlineExceeded or Unreachable.
         """
-        frame_id = self._send(name, request, deadline_s)
-        while True:
-            while self._arrived:
-                frame = self._arrived.popleft()
-                if frame.id == frame_id or not frame.id:
-                    return self._checked(frame)
-            self._read(sockets.receive_some(self._sock, deadline_s))
+        return self.finish(self.begin(name, request, deadline_s), deadline_s)
+
+    def begin(self, name: str, request: Message, deadline_s: float) -> int:
+        """Sends a request whose answer `finish` fetches; other calls may come between."""
+        return self._send(name, request, deadline_s, answered=True)
+
+    def finish(self, frame_id: int, deadline_s: float) -> wire_pb2.Frame:
+        """The answer to one `begin`."""
+        return self._await(frame_id, deadline_s)[0]
+
+    def forget(self, frame_id: int) -> None:
+        """Nobody will fetch this answer."""
+        self._awaited.discard(frame_id)
+        self._arrived.pop(frame_id, None)
 
     def call_for_descriptors(
         self, name: str, request: Message, deadline_s: float
     ) -> tuple[wire_pb2.Frame, list[int]]:
-        """The same for an answer that brings file descriptors, which become the caller's."""
-        frame_id = self._send(name, request, deadline_s)
-        descriptors: list[int] = []
-        while True:
-            data, some, _, _ = socket.recv_fds(self._sock, 1 << 18, MAX_DESCRIPTORS)
-            descriptors += some
-            if not data:
-                self.close()
-                raise Unreachable("the peer closed the connection")
-            self._read(data)
-            while self._arrived:
-                frame = self._arrived.popleft()
-                if frame.id == frame_id:
-                    return self._checked(frame), descriptors
+        """A call whose answer brings file descriptors, which become the caller's."""
+        frame_id = self.begin(name, request, deadline_s)
+        return self._await(frame_id, deadline_s, MAX_DESCRIPTORS)
 
     def tell(self, name: str, request: Message, deadline_s: float) -> None:
         """Sends a request that wants no answer."""
@@ -79,30 +75,57 @@ class Connection:
         self.closed = True
         self._sock.close()
 
-    def _send(
-        self, name: str, request: Message, deadline_s: float, *, answered: bool = True
-    ) -> int:
+    def detach(self) -> socket.socket:
+        """Gives the socket away: to a bulk transfer, right after its hello."""
+        self.closed = True
+        return self._sock
+
+    def _await(
+        self, frame_id: int, deadline_s: float, most_descriptors: int = 0
+    ) -> tuple[wire_pb2.Frame, list[int]]:
+        descriptors: list[int] = []
+        try:
+            while not self._arrived.keys() & {frame_id, 0}:
+                descriptors += self._receive(most_descriptors, deadline_s)
+        except DeadlineExceeded:
+            self.forget(frame_id)
+            raise
+        # An error with id 0 is about the connection: the peer could not parse a request.
+        frame = self._arrived.pop(frame_id, None) or self._arrived.pop(0)
+        self._awaited.discard(frame_id)
+        if frame.WhichOneof("body") == "error":
+            raise from_proto(frame.error)
+        return frame, descriptors
+
+    def _receive(self, most_descriptors: int, deadline_s: float) -> list[int]:
+        """Takes in what has arrived; answers the descriptors beside it."""
+        descriptors: list[int] = []
+        try:
+            if most_descriptors:
+                data, descriptors = sockets.receive_with_descriptors(
+                    self._sock, most_descriptors, deadline_s
+                )
+            else:
+                data = sockets.receive_some(self._sock, deadline_s)
+            for frame in self._inbox.feed(data):
+                self.retired.extend(frame.retired_segments)
+                if frame.id in self._awaited or not frame.id:
+                    self._arrived[frame.id] = frame
+        except (Unreachable, Refused):
+            self.close()
+            raise
+        return descriptors
+
+    def _send(self, name: str, request: Message, deadline_s: float, *, answered: bool) -> int:
         frame = wire_pb2.Frame(id=self._next_id if answered else 0)
         self._next_id += 1
         cast(_Body, getattr(frame, f"{name}_request")).CopyFrom(request)
         head = frames.pack(frame)
+        if answered:
+            self._awaited.add(frame.id)
         try:
             sockets.send_all(self._sock, memoryview(head), deadline_s)
         except FabricError:
             self.close()  # half a frame may be out
             raise
         return frame.id
-
-    def _read(self, data: bytes) -> None:
-        try:
-            for frame in self._inbox.feed(data):
-                self.retired.extend(frame.retired_segments)
-                self._arrived.append(frame)
-        except Refused:
-            self.close()
-            raise
-
-    def _checked(self, frame: wire_pb2.Frame) -> wire_pb2.Frame:
-        if frame.WhichOneof("body") == "error":
-            raise from_proto(frame.error)
-        return frame

@@ -6,6 +6,7 @@ it waits or copies.
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -94,14 +95,23 @@ def receive_frame(
     return frames.parse(header), payload_bytes
 
 
+def receive_with_descriptors(
+    sock: socket.socket, most: int, deadline_s: float
+) -> tuple[bytes, list[int]]:
+    """What there is and the descriptors beside it, which become the caller's."""
+    data, descriptors, _, _ = _within(
+        sock, deadline_s, lambda size: socket.recv_fds(sock, size, most), 1 << 18
+    )
+    if not data:
+        raise Unreachable("the peer closed the connection")
+    return data, descriptors
+
+
 def at_end(sock: socket.socket) -> bool:
     """Whether the peer has closed: true at once after its process died."""
-    try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)  # seen even behind unread bytes
+    return bool(poll.poll(0))
 
 
 def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argument: object) -> T:

@@ -85,6 +85,7 @@ class HelloResponse(_message.Message):
     MAX_SHARD_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     MAX_DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    MANAGER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
@@ -94,6 +95,8 @@ class HelloResponse(_message.Message):
     """keys per call"""
     max_deadline_ms: _builtins.int
     """longest reservation or lease"""
+    manager: _builtins.str
+    """host:port of the node's manager; empty: it has none"""
     @_builtins.property
     def namespace_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """one per namespace of the request"""
@@ -114,10 +117,11 @@ class HelloResponse(_message.Message):
         max_shard_bytes: _builtins.int = ...,
         max_batch: _builtins.int = ...,
         max_deadline_ms: _builtins.int = ...,
+        manager: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "incarnation", b"incarnation", "max_batch", b"max_batch", "max_deadline_ms", b"max_deadline_ms", "max_shard_bytes", b"max_shard_bytes", "namespace_ids", b"namespace_ids", "node", b"node", "session", b"session", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "incarnation", b"incarnation", "manager", b"manager", "max_batch", b"max_batch", "max_deadline_ms", b"max_deadline_ms", "max_shard_bytes", b"max_shard_bytes", "namespace_ids", b"namespace_ids", "node", b"node", "session", b"session", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

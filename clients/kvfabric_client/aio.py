@@ -1,0 +1,157 @@
+"""The SDK for asyncio: the same methods as coroutines.
+
+Copies, hashes and sockets must leave the event loop in any case, so the synchronous client
+is the implementation and this one runs its calls in a few threads. A cancelled await
+leaves its call to end by its deadline; only then are its buffers the caller's again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from kvfabric.rpc.v1 import control_pb2, types_pb2
+from kvfabric.types import Key, Namespace, Status
+from kvfabric_client.buffers import Bytes
+from kvfabric_client.client import Client
+from kvfabric_client.client import connect as connect_sync
+from kvfabric_client.room import Match, Room, View
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 4  # calls under way at once, per client
+
+
+async def connect(home: str | None = None, **options: Any) -> AsyncClient:
+    """As `kvfabric_client.connect`."""
+    return AsyncClient(await asyncio.to_thread(connect_sync, home, **options))
+
+
+class AsyncClient:
+    """See `Client`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._threads = ThreadPoolExecutor(THREADS, "kvfabric-call")
+
+    def open(self, namespace: Namespace) -> AsyncRoom:
+        return AsyncRoom(self._client.open(namespace), self.run)
+
+    async def stats(self, timeout_s: float | None = None) -> types_pb2.NodeStats:
+        return await self.run(self._client.stats, timeout_s)
+
+    async def nodes(self, timeout_s: float | None = None) -> list[control_pb2.NodeInfo]:
+        return await self.run(self._client.nodes, timeout_s)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs one synchronous call in a thread of this client."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._client.close)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncRoom:
+    """See `Room`."""
+
+    def __init__(self, room: Room, run: Callable[..., Any]) -> None:
+        self._room = room
+        self._run = run
+        self.id = room.id
+
+    async def match(
+        self, keys: Sequence[Key], *, local_only: bool = False, timeout_s: float | None = None
+    ) -> Match:
+        found: Match = await self._run(
+            self._room.match, keys, local_only=local_only, timeout_s=timeout_s
+        )
+        return found
+
+    async def put(
+        self,
+        keys: Sequence[Key],
+        buffers: Sequence[Any],
+        *,
+        parents: Sequence[Key | None] | None = None,
+        layers: int = 1,
+        ttl_s: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> list[Status]:
+        statuses: list[Status] = await self._run(
+            self._room.put,
+            keys,
+            buffers,
+            parents=parents,
+            layers=layers,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+        )
+        return statuses
+
+    async def get(
+        self, keys: Sequence[Key], *, verify: bool = True, timeout_s: float | None = None
+    ) -> list[Bytes | None]:
+        copies: list[Bytes | None] = await self._run(
+            self._room.get, keys, verify=verify, timeout_s=timeout_s
+        )
+        return copies
+
+    async def get_into(
+        self,
+        keys: Sequence[Key],
+        buffers: Sequence[Any],
+        *,
+        verify: bool = True,
+        timeout_s: float | None = None,
+    ) -> list[Status]:
+        statuses: list[Status] = await self._run(
+            self._room.get_into, keys, buffers, verify=verify, timeout_s=timeout_s
+        )
+        return statuses
+
+    async def view(
+        self, keys: Sequence[Key], *, lease_s: float = 30.0, timeout_s: float | None = None
+    ) -> View:
+        """The view's own methods are quick and synchronous; use it in a `with` statement."""
+        view: View = await self._run(self._room.view, keys, lease_s=lease_s, timeout_s=timeout_s)
+        return view
+
+    async def pin(self, keys: Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
+        statuses: list[Status] = await self._run(self._room.pin, keys, timeout_s=timeout_s)
+        return statuses
+
+    async def unpin(self, keys: Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
+        statuses: list[Status] = await self._run(self._room.unpin, keys, timeout_s=timeout_s)
+        return statuses
+
+    async def purge(
+        self, keys: Sequence[Key] = (), *, owner: str = "", timeout_s: float | None = None
+    ) -> tuple[int, int]:
+        erased: tuple[int, int] = await self._run(
+            self._room.purge, keys, owner=owner, timeout_s=timeout_s
+        )
+        return erased
+
+    async def explain(self, key: Key, *, timeout_s: float | None = None) -> list[types_pb2.Event]:
+        events: list[types_pb2.Event] = await self._run(
+            self._room.explain, key, timeout_s=timeout_s
+        )
+        return events

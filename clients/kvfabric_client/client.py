@@ -1,0 +1,230 @@
+"""The SDK: `connect` and `Client`. Synchronous and thread-safe.
+
+A client talks to its home node, the one on its own host; what that does not hold is
+fetched from where the manager says it lies. When the home node goes away, the next call
+takes another one. Every call ends by its deadline, and when a call has ended, returned
+or raised, nothing of it touches the caller's buffers any more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import structlog
+
+from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
+from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
+from kvfabric.types import DEFAULT_TENANT, Key, Namespace, NamespaceId
+from kvfabric_client import discovery
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.link import Link
+from kvfabric_client.manager import Manager
+from kvfabric_client.room import Room
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S = 5.0
+AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
+
+
+def connect(
+    home: str | None = None,
+    *,
+    tenant: str = DEFAULT_TENANT,
+    principal: str = "",
+    token: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    checksums: bool = True,
+) -> Client:
+    """A client of the fabric, connected to its home node.
+
+    `home`: "unix:PATH" or "tcp:HOST:PORT"; by default KVFABRIC_HOME, else the first node
+    of this host. `timeout_s`: for calls that do not say otherwise. `checksums=False` trusts
+    memory and network: nothing is hashed, and nothing wrong is found. Raises Unreachable
+    where no node answers.
+    """
+    secret = os.environ.get("KVFABRIC_TOKEN", "") if token is None else token
+    client = Client(home, tenant, principal, secret, timeout_s, checksums=checksums)
+    try:
+        client.stats()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """See the module. `connect` makes one; it may also be made while no node is there."""
+
+    def __init__(
+        self,
+        home: str | None = None,
+        tenant: str = DEFAULT_TENANT,
+        principal: str = "",
+        token: str = "",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        *,
+        checksums: bool = True,
+    ) -> None:
+        self.tenant = tenant
+        self.timeout_s = timeout_s
+        self.checksums = checksums
+        self.copiers = ThreadPoolExecutor(1, "kvfabric-copy")
+        self._home = home
+        self._principal = f"{tenant}/{principal}" if principal else tenant
+        self._token = token.encode()
+        self._lock = threading.Lock()
+        self._links: dict[str, Link] = {}  # by address
+        self._avoid: dict[str, float] = {}  # until when, by address
+        self._manager: Manager | None = None
+        self._closed = False
+
+    def open(self, namespace: Namespace) -> Room:
+        """The room of one namespace. It opens lazily, so this works while no node is there."""
+        if namespace.tenant != self.tenant:
+            raise Refused(
+                f"a client of tenant {self.tenant!r} cannot open a namespace of "
+                f"{namespace.tenant!r}; connect with tenant={namespace.tenant!r}"
+            )
+        return Room(self, namespace)
+
+    def stats(self, timeout_s: float | None = None) -> types_pb2.NodeStats:
+        """The home node's."""
+        deadline = self.deadline(timeout_s)
+
+        def ask(link: Link) -> types_pb2.NodeStats:
+            answer = link.call("stats", node_pb2.StatsRequest(), deadline.at_s)
+            return answer.stats_response.stats
+
+        return self.at_home(ask, deadline)
+
+    def nodes(self, timeout_s: float | None = None) -> list[control_pb2.NodeInfo]:
+        """Every node that the manager knows."""
+        return self.manager().nodes(self.deadline(timeout_s))
+
+    def manager(self) -> Manager:
+        """The control plane. Unreachable where this fabric has none."""
+        with self._lock:
+            if self._manager is None:
+                address = discovery.manager_address() or next(
+                    (link.hello.manager for link in self._links.values() if link.hello.manager), ""
+                )
+                if not address:
+                    raise Unreachable(
+                        "no manager is known; start one with `kvfabric up`, or set KVFABRIC_MANAGER"
+                    )
+                self._manager = Manager(address)
+            return self._manager
+
+    def close(self) -> None:
+        """Ends all sessions. Views that are still open must not be used any more."""
+        self._closed = True
+        self.copiers.shutdown()
+        with self._lock:
+            for link in self._links.values():
+                link.close()
+            self._links.clear()
+            if self._manager is not None:
+                self._manager.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # For the rooms ------------------------------------------------------------------
+
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        return Deadline.after(self.timeout_s if timeout_s is None else timeout_s)
+
+    def at_home(self, call: Callable[[Link], T], deadline: Deadline) -> T:
+        """Runs `call` with the home node, or with the next one that answers."""
+        failure: FabricError | None = None
+        for address in self._candidates():
+            try:
+                return self.at(address, call, deadline)
+            except Unreachable as error:
+                failure = failure or error
+        raise failure or Unreachable(
+            "no node is running on this host; start one with `kvfabric up`, or set KVFABRIC_HOME"
+        )
+
+    def at(self, address: str, call: Callable[[Link], T], deadline: Deadline) -> T:
+        """Runs `call` with the node at `address`; remembers when it does not answer."""
+        try:
+            link = self._link(address, deadline)
+            result = call(link)
+        except (Unreachable, DeadlineExceeded) as error:
+            self._give_up(address, dead=isinstance(error, Unreachable))
+            raise
+        self._avoid.pop(address, None)
+        return result
+
+    def elsewhere(
+        self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
+    ) -> dict[str, list[int]]:
+        """Addresses of other nodes that hold some of these keys, with the keys' indices."""
+        found: dict[str, list[int]] = {}
+        try:
+            names = self.manager().locate(namespace, keys, deadline)
+            wanted = set(names) - {""}
+            if not wanted:
+                return {}
+            infos = {info.node: info for info in self.manager().nodes(deadline) if info.alive}
+        except Retry as error:
+            log.debug("locate_failed", why=str(error))
+            return {}
+        for index, name in enumerate(names):
+            if name in wanted and name in infos:
+                address = discovery.address_of(infos[name])
+                if address:
+                    found.setdefault(address, []).append(index)
+        return found
+
+    def _candidates(self) -> Iterator[str]:
+        """Good ones first, then those that failed a moment ago."""
+        now_s = time.monotonic()
+        addresses = list(discovery.candidates(self._home))
+        good = [a for a in addresses if self._avoid.get(a, 0.0) <= now_s]
+        yield from [*good, *(a for a in addresses if a not in good)]
+
+    def _link(self, address: str, deadline: Deadline) -> Link:
+        if self._closed:
+            raise Refused("this client is closed; connect again")
+        with self._lock:
+            link = self._links.get(address)
+        if link is not None and link.alive():
+            return link
+        fresh = Link(address, self._principal, self._token, deadline.at_s, checked=self.checksums)
+        with self._lock:
+            current = self._links.get(address)
+            if current is not None and current is not link and current.alive():
+                fresh.close()
+                return current
+            self._links[address] = fresh
+        if link is not None:
+            link.close()
+        return fresh
+
+    def _give_up(self, address: str, *, dead: bool) -> None:
+        self._avoid[address] = time.monotonic() + AVOID_S
+        if not dead:
+            return
+        with self._lock:
+            link = self._links.pop(address, None)
+        if link is not None:
+            link.close()

@@ -1,0 +1,250 @@
+"""A session with one node: its connections, the segments it maps, its open namespaces.
+
+A link lives as long as its first connection. The node takes nothing back before that
+connection closes, and it closes at once when the node dies: `alive()` after a copy out
+of shared memory proves that the bytes were not used for anything else meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from google.protobuf.message import Message
+
+from kvfabric import __version__
+from kvfabric.errors import Refused, Unreachable
+from kvfabric.keys import namespace_id
+from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
+from kvfabric.types import PROTOCOL_VERSION, Namespace, NamespaceId
+from kvfabric.wire import sockets
+from kvfabric.wire.connection import MAX_DESCRIPTORS, Connection
+from kvfabric.wire.frames import MAX_HEADER_BYTES
+from kvfabric_client.buffers import Bytes
+
+MAX_CALL_CONNECTIONS = 4
+MAX_BULK_CONNECTIONS = 4
+WAIT_FOR_CONNECTION_S = 60.0  # beyond any deadline that a caller sets; deadlines come first
+
+_libc_populate = getattr(mmap, "MADV_POPULATE_WRITE", 23)
+
+
+class Link:
+    """Thread-safe: every call borrows a connection that nobody else uses meanwhile."""
+
+    def __init__(
+        self,
+        address: str,
+        principal: str,
+        token: bytes,
+        deadline_s: float,
+        *,
+        checked: bool = True,
+        bulk_only: bool = False,
+    ) -> None:
+        self.address = address
+        self._principal = principal
+        self._token = token
+        self._checked = checked
+        self._lock = threading.Lock()
+        self._returned = threading.Condition(self._lock)
+        self._opened: dict[Namespace, NamespaceId] = {}
+        self._segments: dict[int, Bytes] = {}
+        self._owner = Connection(address, deadline_s)
+        try:
+            self.hello = self._greet(self._owner, [], b"", deadline_s)
+        except BaseException:
+            self._owner.close()
+            raise
+        self._calls = [self._owner]
+        self._call_count = 1
+        self._bulks: list[BulkConnection] = []
+        self._bulk_count = 0
+        self.shares_memory = "shm" in self.hello.features and not bulk_only
+
+    @property
+    def node(self) -> str:
+        return self.hello.node
+
+    def alive(self) -> bool:
+        return self._owner.alive()
+
+    def close(self) -> None:
+        """Ends the session; views that are still open keep their mapping, not their lease."""
+        with self._lock:
+            self._owner.close()
+            for connection in self._calls:
+                connection.close()
+            for bulk in self._bulks:
+                bulk.close()
+
+    # Calls --------------------------------------------------------------------------
+
+    def call(self, name: str, request: Message, deadline_s: float) -> wire_pb2.Frame:
+        """One call to the node."""
+        with self.connection(deadline_s) as connection:
+            return connection.call(name, request, deadline_s)
+
+    @contextlib.contextmanager
+    def connection(self, deadline_s: float) -> Iterator[Connection]:
+        """Borrows a connection for calls."""
+        connection = self._borrow(deadline_s)
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                if connection.closed:
+                    self._call_count -= 1
+                else:
+                    self._calls.append(connection)
+                self._returned.notify()
+
+    def _borrow(self, deadline_s: float) -> Connection:
+        with self._lock:
+            while not self._calls:
+                if self._owner.closed:
+                    raise Unreachable(f"the session with {self.address} has ended")
+                if self._call_count < MAX_CALL_CONNECTIONS:
+                    self._call_count += 1
+                    break
+                if not self._returned.wait(WAIT_FOR_CONNECTION_S):
+                    raise Unreachable(f"no connection to {self.address} became free")
+            else:
+                return self._calls.pop()
+        try:
+            return self._join(deadline_s)
+        except BaseException:
+            with self._lock:
+                self._call_count -= 1
+            raise
+
+    def _join(self, deadline_s: float, *features: str) -> Connection:
+        connection = Connection(self.address, deadline_s)
+        try:
+            self._greet(connection, list(features), self.hello.session, deadline_s)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _greet(
+        self, connection: Connection, features: list[str], session: bytes, deadline_s: float
+    ) -> node_pb2.HelloResponse:
+        request = self._hello_request(session)
+        request.features.extend(features or ["shm"])
+        return connection.call("hello", request, deadline_s).hello_response
+
+    def _hello_request(self, session: bytes = b"") -> node_pb2.HelloRequest:
+        return node_pb2.HelloRequest(
+            min_version=PROTOCOL_VERSION,
+            max_version=PROTOCOL_VERSION,
+            client=f"kvfabric-python/{__version__} pid {os.getpid()}",
+            principal=self._principal,
+            token=self._token,
+            features=[] if self._checked else ["unchecked"],
+            session=session,
+        )
+
+    def open(self, namespace: Namespace, deadline_s: float) -> NamespaceId:
+        """Opens a namespace in this session; safe to repeat."""
+        found = self._opened.get(namespace)
+        if found is not None:
+            return found
+        expected = namespace_id(namespace)
+        request = self._hello_request()
+        request.namespaces.append(
+            types_pb2.Namespace(
+                tenant=namespace.tenant, fingerprint=namespace.fingerprint, salt=namespace.salt
+            )
+        )
+        request.session = self.hello.session
+        answer = self.call("hello", request, deadline_s).hello_response
+        if list(answer.namespace_ids) != [expected]:
+            raise Refused(
+                f"node {self.node} names this namespace differently; client and node "
+                "do not follow the same specification: bring the older one up to date"
+            )
+        self._opened[namespace] = expected
+        return expected
+
+    # Shared memory --------------------------------------------------------------------
+
+    def place(self, segment: int, offset: int, size_bytes: int) -> Bytes:
+        """Bytes of a segment that `map_segments` has mapped."""
+        return self._segments[segment][offset : offset + size_bytes]
+
+    def map_segments(self, segments: set[int], deadline_s: float) -> None:
+        """Maps what is not mapped yet."""
+        missing = sorted(segments - self._segments.keys())
+        for start in range(0, len(missing), MAX_DESCRIPTORS):
+            wanted = missing[start : start + MAX_DESCRIPTORS]
+            request = wire_pb2.MapRequest(segments=wanted)
+            with self.connection(deadline_s) as connection:
+                frame, descriptors = connection.call_for_descriptors("map", request, deadline_s)
+            answer = frame.map_response
+            if len(descriptors) != len(answer.segments):
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise Refused(
+                    f"node {self.node} sent {len(descriptors)} of {len(wanted)} descriptors; "
+                    "is the limit of open files reached? See `ulimit -n`"
+                )
+            for segment, size_bytes, descriptor in zip(
+                answer.segments, answer.size_bytes, descriptors, strict=True
+            ):
+                mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
+                os.close(descriptor)
+                with contextlib.suppress(OSError, ValueError):
+                    mapped.madvise(_libc_populate)
+                self._segments[segment] = np.frombuffer(mapped, dtype=np.uint8)
+
+    def give_back_retired(self, connection: Connection, deadline_s: float) -> None:
+        """Lets go of segments that the node wants back."""
+        retired, connection.retired = connection.retired, []
+        gone = [segment for segment in retired if self._segments.pop(segment, None) is not None]
+        if gone:
+            connection.tell("unmap", wire_pb2.UnmapRequest(segments=gone), deadline_s)
+
+    # Bulk -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def bulk(self, deadline_s: float) -> Iterator[BulkConnection]:
+        """Borrows a connection for one transfer; after a failure it is not used again."""
+        with self._lock:
+            while not self._bulks and self._bulk_count >= MAX_BULK_CONNECTIONS:
+                if not self._returned.wait(WAIT_FOR_CONNECTION_S):
+                    raise Unreachable(f"no connection to {self.address} became free")
+            bulk = self._bulks.pop() if self._bulks else None
+            self._bulk_count += bulk is None
+        try:
+            if bulk is None:
+                bulk = BulkConnection(self._join(deadline_s, "bulk"))
+            yield bulk
+        except BaseException:
+            # Half a transfer may be under way; closing ends it on both sides.
+            if bulk is not None:
+                bulk.close()
+            with self._lock:
+                self._bulk_count -= 1
+                self._returned.notify()
+            raise
+        with self._lock:
+            self._bulks.append(bulk)
+            self._returned.notify()
+
+
+class BulkConnection:
+    """A connection that carries payloads, one transfer at a time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.sock = connection.detach()
+        sockets.enlarge(self.sock)
+        self.scratch = memoryview(bytearray(MAX_HEADER_BYTES))
+        self.last_id = 0
+
+    def close(self) -> None:
+        self.sock.close()

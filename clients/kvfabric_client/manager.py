@@ -1,0 +1,67 @@
+"""The client's side of the control plane: which nodes there are, and where keys lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
+from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
+from kvfabric.types import Key, NamespaceId
+from kvfabric_client.deadline import Deadline
+
+
+class Manager:
+    """A gRPC channel to the gManager."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.max_reconnect_backoff_ms", 1000)]
+        )
+        self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    def nodes(self, deadline: Deadline) -> list[control_pb2.NodeInfo]:
+        answer: control_pb2.ListNodesResponse = self._call(
+            self._stub.ListNodes, control_pb2.ListNodesRequest(), deadline
+        )
+        return list(answer.nodes)
+
+    def locate(self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline) -> list[str]:
+        """The best node per key; empty where no node holds it."""
+        request = control_pb2.LocateRequest(namespace_id=namespace, keys=keys)
+        answer: control_pb2.LocateResponse = self._call(self._stub.Locate, request, deadline)
+        names = [place.nodes[0] if place.nodes else "" for place in answer.places] + [""]
+        return [names[min(index, len(names) - 1)] for index in answer.place]
+
+    def stats(self, deadline: Deadline) -> control_pb2.ControlServiceStatsResponse:
+        request = control_pb2.ControlServiceStatsRequest()
+        answer: control_pb2.ControlServiceStatsResponse = self._call(
+            self._stub.Stats, request, deadline
+        )
+        return answer
+
+    def explain(
+        self, namespace: bytes, key: bytes, deadline: Deadline
+    ) -> control_pb2.ControlServiceExplainResponse:
+        request = control_pb2.ControlServiceExplainRequest(namespace_id=namespace, key=key)
+        answer: control_pb2.ControlServiceExplainResponse = self._call(
+            self._stub.Explain, request, deadline
+        )
+        return answer
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _call(self, method: Any, request: Any, deadline: Deadline) -> Any:
+        try:
+            return method(request, timeout=deadline.left_s())
+        except grpc.RpcError as error:
+            code, text = error.code(), f"manager {self.address}: {error.details()}"
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineExceeded(text) from error
+            if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
+                raise Refused(text) from error
+            raise Unreachable(f"{text}; is the manager running? See `kvfabric status`") from error

@@ -1,0 +1,257 @@
+"""Moving shards by shared memory: reserve, copy, commit; acquire, copy, release."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvfabric.checksums import parts
+from kvfabric.errors import DeadlineExceeded, Unreachable
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import Key, NamespaceId, Status
+from kvfabric.wire.connection import Connection
+from kvfabric_client.buffers import Bytes, Pieces
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.link import Link
+
+# Commits go out while later shards are still being copied: the node verifies meanwhile.
+COMMIT_BYTES = 2 << 20
+# Below this a second copying thread costs more than it brings.
+SPLIT_BYTES = 4 << 20
+
+
+J = TypeVar("J")
+
+Target = Callable[[int, int], Pieces | None]
+"""Where the shard of a key's index and of this size is to go; None: it is not wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Shards under a lease, by index of the request; None: a miss."""
+
+    lease: int
+    places: list[Bytes | None]
+    layers: Sequence[int]  # 0 or missing: without checksums
+    checksums: Sequence[int]  # of the found ones, in order
+    lease_s: float
+
+    def found(self) -> list[tuple[int, Bytes]]:
+        """Indices and places of the hits."""
+        return [(index, place) for index, place in enumerate(self.places) if place is not None]
+
+
+def put(
+    link: Link,
+    request: node_pb2.ReserveRequest,
+    sources: Sequence[Pieces],
+    deadline: Deadline,
+    copiers: Executor,
+    *,
+    checked: bool,
+) -> tuple[list[Status], dict[int, str]]:
+    """Writes shards; (status per key, reasons by index)."""
+    with link.connection(deadline.at_s) as connection:
+        answer = connection.call("reserve", request, deadline.at_s).reserve_response
+        link.give_back_retired(connection, deadline.at_s)
+    statuses = [Status(status) for status in answer.statuses]
+    reasons = dict(answer.reasons)
+    granted = [index for index, status in enumerate(statuses) if status is Status.OK]
+    if not granted:
+        return statuses, reasons
+    segments, offsets = list(answer.segments), list(answer.offsets)
+    try:
+        link.map_segments({segments[index] for index in granted}, deadline.at_s)
+        with link.connection(deadline.at_s) as connection:
+            writer = _Writer(connection, answer.reservation, request.layers, deadline, checked)
+            try:
+                shards = [
+                    (i, sources[i], link.place(segments[i], offsets[i], sources[i].size_bytes))
+                    for i in granted
+                ]
+                _split(shards, writer.fill, sum(sources[i].size_bytes for i in granted), copiers)
+                writer.finish(statuses, reasons)
+            finally:
+                writer.forget()
+    except DeadlineExceeded:
+        abort = node_pb2.AbortRequest(reservation=answer.reservation)
+        with link.connection(deadline.at_s) as connection:
+            connection.tell("abort", abort, deadline.extended().at_s)
+        raise
+    return statuses, reasons
+
+
+class _Writer:
+    """Fills extents from one or two threads, and commits them as they become full."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        reservation: int,
+        layers: int,
+        deadline: Deadline,
+        checked: bool,
+    ) -> None:
+        self._connection = connection
+        self._reservation = reservation
+        self._layers = layers or 1
+        self._deadline = deadline
+        self._checked = checked
+        self._lock = threading.Lock()
+        self._commits: list[tuple[int, list[int]]] = []  # (frame id, indices)
+
+    def fill(self, shards: Iterable[tuple[int, Pieces, Bytes]]) -> None:
+        """(index, source, place) one after the other."""
+        indices: list[int] = []
+        sums: list[int] = []
+        size_bytes = 0
+        for index, source, place in shards:
+            self._deadline.check()
+            sums += source.store(place, self._layers, checked=self._checked)
+            indices.append(index)
+            size_bytes += source.size_bytes
+            if size_bytes >= COMMIT_BYTES:
+                self._commit(indices, sums)
+                indices, sums, size_bytes = [], [], 0
+        if indices:
+            self._commit(indices, sums)
+
+    def _commit(self, indices: list[int], sums: list[int]) -> None:
+        request = node_pb2.CommitRequest(
+            reservation=self._reservation, indices=indices, checksums=sums
+        )
+        with self._lock:
+            frame_id = self._connection.begin("commit", request, self._deadline.at_s)
+            self._commits.append((frame_id, indices))
+
+    def finish(self, statuses: list[Status], reasons: dict[int, str]) -> None:
+        """Takes in the answers to all commits."""
+        while self._commits:
+            frame_id, indices = self._commits.pop(0)
+            answer = self._connection.finish(frame_id, self._deadline.at_s).commit_response
+            for index, status in zip(indices, answer.statuses, strict=True):
+                statuses[index] = Status(status)
+            reasons.update(answer.reasons)
+
+    def forget(self) -> None:
+        """Gives up the answers that were not fetched."""
+        for frame_id, _ in self._commits:
+            self._connection.forget(frame_id)
+
+
+def acquire(
+    link: Link,
+    namespace: NamespaceId,
+    keys: Sequence[Key],
+    lease_s: float,
+    deadline: Deadline,
+    *,
+    checked: bool,
+) -> Held:
+    """A lease on what the node holds of these keys, mapped."""
+    request = node_pb2.AcquireRequest(
+        namespace_id=namespace,
+        keys=keys,
+        lease_ms=int(lease_s * 1000),
+        without_checksums=not checked,
+    )
+    with link.connection(deadline.at_s) as connection:
+        answer = connection.call("acquire", request, deadline.at_s).acquire_response
+        link.give_back_retired(connection, deadline.at_s)
+    if not answer.lease:
+        return Held(0, [None] * len(keys), (), (), 0.0)
+    segments = list(answer.segments)
+    link.map_segments({segment for segment in segments if segment}, deadline.at_s)
+    return Held(
+        answer.lease,
+        [
+            link.place(segment, offset, size_bytes) if segment else None
+            for segment, offset, size_bytes in zip(
+                segments, answer.offsets, answer.size_bytes, strict=True
+            )
+        ],
+        list(answer.layers),
+        list(answer.checksums),
+        answer.lease_ms / 1000,
+    )
+
+
+def release(link: Link, lease: int, deadline: Deadline) -> None:
+    """Lets go; nobody waits for it."""
+    if lease:
+        with link.connection(deadline.at_s) as connection:
+            connection.tell("release", node_pb2.ReleaseRequest(leases=[lease]), deadline.at_s)
+
+
+def get(
+    link: Link,
+    namespace: NamespaceId,
+    keys: Sequence[Key],
+    target: Target,
+    deadline: Deadline,
+    copiers: Executor,
+    *,
+    checked: bool,
+) -> tuple[list[Status], list[int]]:
+    """Copies shards into their targets: (status per key, indices whose bytes were damaged)."""
+    held = acquire(link, namespace, keys, deadline.left_s(), deadline, checked=checked)
+    statuses = [Status.MISS] * len(keys)
+    damaged: list[int] = []
+    if not held.lease:
+        return statuses, damaged
+    expected = _by_index(held)
+    places: list[tuple[int, Bytes, Pieces]] = []
+    for index, place in held.found():
+        pieces = target(index, len(place))
+        if pieces is not None:
+            places.append((index, place, pieces))
+
+    def load(some: Sequence[tuple[int, Bytes, Pieces]]) -> None:
+        for index, place, pieces in some:
+            deadline.check()
+            layers = held.layers[index] if held.layers else 1
+            if pieces.load(place, layers, expected.get(index, ())):
+                statuses[index] = Status.OK
+            else:
+                damaged.append(index)
+
+    try:
+        _split(places, load, sum(len(place) for _, place, _ in places), copiers)
+        if not link.alive():
+            raise Unreachable(f"node {link.node} went away while its memory was read")
+    finally:
+        release(link, held.lease, deadline.extended())
+    return statuses, damaged
+
+
+def _by_index(held: Held) -> dict[int, Sequence[int]]:
+    """The checksum column cut into one piece per found shard."""
+    expected: dict[int, Sequence[int]] = {}
+    start = 0
+    for index, place in held.found():
+        if not held.checksums or not held.layers[index]:
+            continue
+        count = len(parts(len(place), held.layers[index]))
+        expected[index] = held.checksums[start : start + count]
+        start += count
+    return expected
+
+
+def _split(
+    jobs: Sequence[J], work: Callable[[Sequence[J]], None], size_bytes: int, copiers: Executor
+) -> None:
+    """Does the jobs on two threads where they are large, and returns when both have stopped."""
+    if size_bytes < SPLIT_BYTES or len(jobs) < 2:
+        work(jobs)
+        return
+    half = len(jobs) // 2
+    other = copiers.submit(work, jobs[half:])
+    try:
+        work(jobs[:half])
+    finally:
+        error = other.exception()  # waits: no thread may touch the buffers after we return
+    if error is not None:
+        raise error
