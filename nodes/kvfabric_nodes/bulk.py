@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from kvfabric import checksums
 from kvfabric.errors import FabricError, Refused, Unreachable, to_proto
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import NamespaceId, Status
 from kvfabric.wire import frames, sockets
-from kvfabric_nodes.core import Grant, Lease, Reservation, Session
-from kvfabric_nodes.handler import DEFAULT_DEADLINE_S, Fill, checked_keys, put_reasons, seconds
+from kvfabric_nodes.filling import Filling
+from kvfabric_nodes.handler import (
+    DEFAULT_DEADLINE_S,
+    checked_keys,
+    put_header,
+    put_verdicts,
+    seconds,
+)
+from kvfabric_nodes.promises import Lease, Session
 
 if TYPE_CHECKING:
     from kvfabric_nodes.server import WireServer
@@ -101,11 +107,7 @@ class _Bulk:
                 deadline_s,
                 handler.clock.now(),
             )
-            header.statuses.extend([Status.OK if shard else Status.MISS for shard in found])
-            header.size_bytes.extend([shard.size_bytes if shard else 0 for shard in found])
-            header.layers.extend([shard.layers if shard else 0 for shard in found])
-            for shard in lease.shards if lease else ():
-                header.checksums.extend(shard.checksums)
+            put_header(header, found, lease)
             return lease
 
         try:
@@ -157,39 +159,27 @@ class _Bulk:
             return
         started_s = time.monotonic()
         answer = wire_pb2.Frame(id=frame_id)
-        _put_grants(answer.write_response, grants, last=reservation is None)
+        put_verdicts(answer.write_response, grants, last=reservation is None)
         self.answer(answer)
         if reservation is None:
             return
         try:
-            fills, wrong = self._receive_shards(frame_id, reservation)
+            filling = Filling(reservation, handler.arena, checked=self._session.checked)
+            trailer = self._receive_shards(frame_id, filling)
+            fills, wrong = filling.verdicts(trailer)
             settled = self._server.on_core(lambda: handler.settle(reservation, fills, wrong))
         finally:
             # Nobody but this thread touches the extents, so what is left can go at once.
             self._server.on_core(lambda: handler.core.abort(reservation))
         answer = wire_pb2.Frame(id=frame_id)
         final = [settled.get(index, grant) for index, grant in enumerate(grants)]
-        _put_grants(answer.write_response, final, last=True)
+        put_verdicts(answer.write_response, final, last=True)
         self.answer(answer)
-        size_bytes = sum(len(fill.view) for fill in fills)
-        handler.metrics.written[self._kind].add(size_bytes, time.monotonic() - started_s)
+        elapsed_s = time.monotonic() - started_s
+        handler.metrics.written[self._kind].add(filling.filled_bytes, elapsed_s)
 
-    def _receive_shards(
-        self, frame_id: int, reservation: Reservation
-    ) -> tuple[list[Fill], dict[int, str]]:
-        """Fills the granted extents in order, then compares with the trailer's checksums.
-
-        Each part is hashed as soon as it is complete, while it is in the cache.
-        """
-        items = dict(sorted(reservation.items.items()))
-        views = {
-            index: self._handler.arena.view(e.segment, e.offset, item.size_bytes)
-            for index, item in items.items()
-            for e in (item.extent,)
-        }
-        filled = dict.fromkeys(views, 0)
-        sums: dict[int, list[int]] = {index: [] for index in views}
-        checked = self._session.checked
+    def _receive_shards(self, frame_id: int, filling: Filling) -> list[int]:
+        """Fills the granted extents; answers the trailer's checksums."""
         while True:
             frame, payload_bytes = sockets.receive_frame(
                 self._sock, self._scratch, self._deadline_s
@@ -197,57 +187,8 @@ class _Bulk:
             step = frame.write_request
             if frame.id != frame_id or frame.WhichOneof("body") != "write_request":
                 raise Refused("a write_request was begun and not ended by its trailer")
-            if step.WhichOneof("step") == "trailer":
-                break
-            view = views.get(step.index)
-            if view is None or step.offset != filled[step.index] or not payload_bytes:
-                raise Refused(
-                    f"payload for key {step.index} at {step.offset}: send the granted keys' "
-                    "bytes in order"
-                )
-            if step.offset + payload_bytes > len(view):
-                raise Refused(f"key {step.index} is longer than the {len(view)} bytes reserved")
-            sockets.receive_into(
-                self._sock, view[step.offset : step.offset + payload_bytes], self._deadline_s
-            )
-            filled[step.index] += payload_bytes
-            if checked:
-                _hash_complete(view, filled[step.index], reservation.layers, sums[step.index])
-        expected = list(step.trailer.checksums)
-        return self._compare(reservation, views, filled, sums, expected)
-
-    def _compare(
-        self,
-        reservation: Reservation,
-        views: dict[int, memoryview],
-        filled: dict[int, int],
-        sums: dict[int, list[int]],
-        expected: list[int],
-    ) -> tuple[list[Fill], dict[int, str]]:
-        fills: list[Fill] = []
-        wrong: dict[int, str] = {}
-        start = 0
-        for index, view in views.items():
-            count = len(checksums.parts(len(view), reservation.layers))
-            theirs = expected[start : start + count] if self._session.checked else []
-            start += count
-            fills.append(Fill(index, view, reservation.layers, theirs))
-            if filled[index] != len(view):
-                wrong[index] = f"{filled[index]} bytes came of {len(view)} reserved; write it again"
-            elif self._session.checked and theirs != sums[index]:
-                wrong[index] = "its bytes do not have the checksums of the trailer; write it again"
-        return fills, wrong
-
-
-def _hash_complete(view: memoryview, filled: int, layers: int, sums: list[int]) -> None:
-    """Adds the checksums of the parts that `filled` bytes complete."""
-    parts = checksums.parts(len(view), layers)
-    while len(sums) < len(parts) and parts[len(sums)][1] <= filled:
-        begin, end = parts[len(sums)]
-        sums.append(checksums.checksum(view[begin:end]))
-
-
-def _put_grants(response: node_pb2.WriteResponse, grants: list[Grant], *, last: bool) -> None:
-    response.statuses.extend([grant.status for grant in grants])
-    put_reasons(response.reasons, enumerate(grants))
-    response.last = last
+            if step.HasField("trailer"):
+                return list(step.trailer.checksums)
+            place = filling.place(step.index, step.offset, payload_bytes)
+            sockets.receive_into(self._sock, place, self._deadline_s)
+            filling.filled(step.index, payload_bytes)

@@ -12,109 +12,15 @@ before that session lets go of it or ends; meanwhile it is quarantined.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.extents import Extent, Extents, Pool, Segment, slot_bytes
+from kvfabric_nodes.eviction import Eviction
+from kvfabric_nodes.extents import Extent, Extents, slot_bytes
+from kvfabric_nodes.promises import Books, Grant, Item, Lease, Limits, Reservation, Session, Tally
 from kvfabric_nodes.shards import Shard, Shards
 from kvfabric_nodes.story import Story
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """One key of a reservation, granted."""
-
-    key: Key
-    parent: Key | None
-    size_bytes: int
-    extent: Extent
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    id: int
-    session: Session
-    namespace: NamespaceId
-    layers: int
-    ttl_s: float
-    deadline_s: float
-    items: dict[int, Item]  # by index in the request; settled ones are gone
-    filling_since_s: float
-    expired: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    id: int
-    session: Session
-    shards: list[Shard]
-    deadline_s: float
-    granted_s: float
-    size_bytes: int
-    expired: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """A client as the core knows it. Everything it holds ends with it."""
-
-    id: int
-    tenant: str
-    principal: str
-    checked: bool = True  # checksums are computed, sent and verified
-    namespaces: set[NamespaceId] = field(default_factory=set)
-    reservations: dict[int, Reservation] = field(default_factory=dict)
-    leases: dict[int, Lease] = field(default_factory=dict)
-    mapped: set[int] = field(default_factory=set)  # segments whose descriptor it was given
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The answer to one key of a `reserve`."""
-
-    status: Status
-    extent: Extent | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Every limit of a session's calls, by name."""
-
-    batch_keys: int = 4096
-    deadline_s: float = 600.0
-    reservations: int = 1024  # per session
-    leases: int = 4096  # per session
-    namespaces: int = 65536  # whose tenant is remembered
-
-
-@dataclass(frozen=True, slots=True)
-class Books:
-    """Bytes of the dram tier."""
-
-    capacity_bytes: int
-    held_bytes: int
-    reserved_bytes: int
-    quarantined_bytes: int
-    free_bytes: int
-    wasted_bytes: int
-    shards: int
-
-
-@dataclass(slots=True)
-class Tally:
-    """What the core counts since its start."""
-
-    hits: int = 0
-    misses: int = 0
-    commits: int = 0
-    expired_reservations: int = 0
-    expired_leases: int = 0
-    dropped_shards: Counter[str] = field(default_factory=Counter)  # by what became of them
-    dropped_bytes: Counter[str] = field(default_factory=Counter)
 
 
 class NodeCore:
@@ -139,7 +45,7 @@ class NodeCore:
         self._deadlines: list[tuple[float, int, Reservation | Lease | Shard]] = []
         self._ids = 0
         self._tenants: dict[NamespaceId, str] = {}
-        self._turned_over: dict[Pool, int] = {}  # evictions since the last slab was moved
+        self._eviction = Eviction(extents, self.shards, self.drop)
 
     # Sessions -----------------------------------------------------------------
 
@@ -600,62 +506,10 @@ class NodeCore:
         if extent is None and self.extents.retire_empty(tenant) is not None:
             self._recycle()
             extent = self.extents.allocate(tenant, size_bytes)
-        while extent is None and self._make_room((tenant, slot_bytes(size_bytes)), now_s):
+        pool = (tenant, slot_bytes(size_bytes))
+        while extent is None and self._eviction.make_room(pool, now_s):
             extent = self.extents.allocate(tenant, size_bytes)
         return extent
-
-    def _make_room(self, pool: Pool, now_s: float) -> bool:
-        """Evicts one shard of the pool, or empties a slab of another; False: nothing can go."""
-        victim = self.shards.coldest(pool)
-        slots = self.extents.segment_bytes // pool[1]
-        if victim is None or self._turned_over.get(pool, 0) >= slots:
-            # The pool has nothing to give, or turned over a whole slab's worth of its own:
-            # time to see whether demand has shifted to it from a pool that lies colder.
-            self._turned_over[pool] = 0
-            slab = self._coldest_slab(pool, victim.last_used if victim else None)
-            if slab is not None:
-                self._empty(slab, pool, now_s)
-                return True
-        if victim is None:
-            return False
-        self._turned_over[pool] = self._turned_over.get(pool, 0) + 1
-        self.drop(victim, "evicted", "the coldest leaf of its sub-pool", now_s)
-        return True
-
-    def _coldest_slab(self, pool: Pool, older_than: int | None) -> Segment | None:
-        """The slab outside `pool` whose latest use is longest ago, if all of it can go.
-
-        It must lie colder than the pool's own coldest shard (`older_than`), else moving
-        it would throw away the warmer bytes.
-        """
-        by_slab: dict[int, list[Shard]] = {}
-        for shard in self.shards:
-            if shard.pool != pool and shard.pool[0] == pool[0]:
-                by_slab.setdefault(shard.extent.segment, []).append(shard)
-        best: tuple[int, Segment] | None = None
-        for segment_id, shards in by_slab.items():
-            segment = self.extents.segments[segment_id]
-            if len(shards) < len(segment.used):
-                continue  # reserved or quarantined extents lie there
-            if any(shard.pinned or shard.extent.holders for shard in shards):
-                continue
-            latest = max(shard.last_used for shard in shards)
-            if older_than is not None and latest >= older_than:
-                continue
-            if best is None or latest < best[0]:
-                best = (latest, segment)
-        return best[1] if best else None
-
-    def _empty(self, slab: Segment, pool: Pool, now_s: float) -> None:
-        """Evicts every shard of a slab, and what continues them first."""
-        inside = [s for s in self.shards if s.extent.segment == slab.id]
-        why = f"its slab moves to shards of {pool[1]} bytes"
-        for shard in inside:
-            for descendant in reversed(self.shards.descendants(shard)):
-                if self.shards.evictable(descendant):
-                    self.drop(descendant, "evicted", why, now_s)
-            if shard.present:
-                self.drop(shard, "evicted", why, now_s)
 
     def _why_full(self, size_bytes: int) -> str:
         books = self.books()

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import structlog
 
-from kvfabric import checksums
 from kvfabric.errors import (
     Conflict,
     Denied,
@@ -25,10 +24,11 @@ from kvfabric.errors import (
     Unsupported,
 )
 from kvfabric.rpc.v1 import node_pb2, node_pb2_grpc
-from kvfabric.types import NamespaceId, Status
+from kvfabric.types import NamespaceId
 from kvfabric.wire.frames import MAX_PAYLOAD_BYTES
-from kvfabric_nodes.core import Grant, Session
-from kvfabric_nodes.handler import Fill, Handler, checked_keys, put_reasons, seconds
+from kvfabric_nodes.filling import Filling
+from kvfabric_nodes.handler import Handler, checked_keys, put_header, put_verdicts, seconds
+from kvfabric_nodes.promises import Grant, Session
 
 log = structlog.get_logger(__name__)
 
@@ -119,11 +119,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         started_s = self._handler.clock.now()
         try:
             first = node_pb2.ReadResponse(last=lease is None)
-            first.header.statuses.extend([Status.OK if s else Status.MISS for s in found])
-            first.header.size_bytes.extend([s.size_bytes if s else 0 for s in found])
-            first.header.layers.extend([s.layers if s else 0 for s in found])
-            for shard in lease.shards if lease else ():
-                first.header.checksums.extend(shard.checksums)
+            put_header(first.header, found, lease)
             yield first
             present = [(i, s) for i, s in enumerate(found) if s]
             for index, shard in present:
@@ -168,34 +164,14 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         if reservation is None:
             return
         started_s = handler.clock.now()
-        views = {
-            index: handler.arena.view(e.segment, e.offset, item.size_bytes)
-            for index, item in reservation.items.items()
-            for e in (item.extent,)
-        }
-        filled = dict.fromkeys(views, 0)
-        sums: list[int] | None = None
+        filling = Filling(reservation, handler.arena, checked=session.checked)
         try:
-            async for step in requests:
-                if step.HasField("trailer"):
-                    sums = list(step.trailer.checksums)
-                    break
-                view, end = views.get(step.index), step.offset + len(step.payload)
-                if view is None or step.offset != filled[step.index] or end > len(view):
-                    raise Refused(
-                        f"payload for key {step.index} at {step.offset}: send the granted keys' "
-                        "bytes in order, no longer than reserved"
-                    )
-                view[step.offset : end] = step.payload
-                filled[step.index] = end
-            if sums is None:
-                raise Refused("a Write must end with its trailer; nothing was stored")
-            fills, wrong = _compare(session, reservation.layers, views, filled, sums)
+            fills, wrong = filling.verdicts(await _receive(requests, filling))
             settled = handler.settle(reservation, fills, wrong)
         finally:
             core.abort(reservation)
-        size_bytes = sum(filled.values())
-        handler.metrics.written["grpc"].add(size_bytes, handler.clock.now() - started_s)
+        elapsed_s = handler.clock.now() - started_s
+        handler.metrics.written["grpc"].add(filling.filled_bytes, elapsed_s)
         yield _verdicts([settled.get(i, grant) for i, grant in enumerate(grants)], last=True)
 
     async def Match(  # noqa: N802
@@ -285,33 +261,21 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                     self._handler.core.close_session(guest.session)
 
 
-def _compare(
-    session: Session,
-    layers: int,
-    views: dict[int, memoryview],
-    filled: dict[int, int],
-    sums: list[int],
-) -> tuple[list[Fill], dict[int, str]]:
-    """What came, and what is wrong with it by index."""
-    fills: list[Fill] = []
-    wrong: dict[int, str] = {}
-    start = 0
-    for index, view in views.items():
-        count = len(checksums.parts(len(view), layers)) if session.checked else 0
-        fill = Fill(index, view, layers, sums[start : start + count])
-        start += count
-        fills.append(fill)
-        if filled[index] != len(view):
-            wrong[index] = f"{filled[index]} bytes came of {len(view)} reserved; write it again"
-        elif session.checked:
-            wrong[index] = fill.wrong()
-    return fills, wrong
+async def _receive(
+    requests: AsyncIterator[node_pb2.WriteRequest], filling: Filling
+) -> Sequence[int]:
+    """Fills the granted extents; answers the trailer's checksums."""
+    async for step in requests:
+        if step.HasField("trailer"):
+            return step.trailer.checksums
+        filling.place(step.index, step.offset, len(step.payload))[:] = step.payload
+        filling.filled(step.index, len(step.payload))
+    raise Refused("a Write must end with its trailer; nothing was stored")
 
 
 def _verdicts(grants: list[Grant], *, last: bool) -> node_pb2.WriteResponse:
-    response = node_pb2.WriteResponse(last=last)
-    response.statuses.extend([grant.status for grant in grants])
-    put_reasons(response.reasons, enumerate(grants))
+    response = node_pb2.WriteResponse()
+    put_verdicts(response, grants, last=last)
     return response
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ from kvfabric.types import (
     Status,
 )
 from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.core import Grant, NodeCore, Reservation, Session
+from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.filling import Fill
 from kvfabric_nodes.metrics import NodeMetrics
+from kvfabric_nodes.promises import Grant, Lease, Reservation, Session
 from kvfabric_nodes.shards import Shard
 
 MIN_VERSION = 1
@@ -53,22 +55,6 @@ class Identity:
     incarnation: int
     token: bytes = b""
     manager: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """One key of a commit: what the client says and where its bytes are."""
-
-    index: int
-    view: memoryview
-    layers: int
-    expected: Sequence[int]
-
-    def wrong(self) -> str:
-        """Why the bytes are not what the client says; empty: they are."""
-        if not checksums.matches(self.view, self.layers, self.expected):
-            return "its bytes do not have the checksums of the commit; write it again"
-        return ""
 
 
 class Handler:
@@ -493,7 +479,25 @@ def checked_keys(raw: Sequence[bytes]) -> list[Key]:
     return keys
 
 
-def put_reasons(reasons: Any, grants: Any) -> None:
+def put_reasons(reasons: Any, grants: Iterable[tuple[int, Grant]]) -> None:
     for index, grant in grants:
         if grant.reason:
             reasons[index] = grant.reason
+
+
+def put_verdicts(response: node_pb2.WriteResponse, grants: list[Grant], *, last: bool) -> None:
+    """The verdicts on a streamed write: the grants at first, what became of them at last."""
+    response.statuses.extend([grant.status for grant in grants])
+    put_reasons(response.reasons, enumerate(grants))
+    response.last = last
+
+
+def put_header(
+    header: node_pb2.ReadResponse.Header, found: list[Shard | None], lease: Lease | None
+) -> None:
+    """What a streamed read is about to send."""
+    header.statuses.extend([Status.OK if shard else Status.MISS for shard in found])
+    header.size_bytes.extend([shard.size_bytes if shard else 0 for shard in found])
+    header.layers.extend([shard.layers if shard else 0 for shard in found])
+    for shard in lease.shards if lease else ():
+        header.checksums.extend(shard.checksums)

@@ -23,8 +23,8 @@ from kvfabric.errors import Denied, FabricError, Refused, Retry, to_proto
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames
 from kvfabric_nodes.bulk import serve_bulk
-from kvfabric_nodes.core import Session
 from kvfabric_nodes.handler import Handler
+from kvfabric_nodes.promises import Session
 
 log = structlog.get_logger(__name__)
 
