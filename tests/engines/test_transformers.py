@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvfabric_client
 from kvfabric.errors import Refused, Unsupported
-from kvfabric_client.client import Client
+from kvfabric_client import Client
 from kvfabric_client.integrations.transformers import PrefixStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]

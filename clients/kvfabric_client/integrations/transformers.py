@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from kvfabric.errors import FabricError, Refused, Unsupported
 from kvfabric.keys import chain, fingerprint_digest, shard_key
 from kvfabric.types import DEFAULT_TENANT, Fingerprint, Format, Key, Namespace, Part, Status
-from kvfabric_client.client import Client, Room
+from kvfabric_client import Client, Room
 from kvfabric_client.integrations.fingerprint import named_digest, settings_digest
 
 BLOCK_TOKENS = 64
