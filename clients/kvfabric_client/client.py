@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 5.0
+LOCATE_TIMEOUT_S = 0.5  # better a miss than a late answer
 AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
 
 
@@ -179,6 +180,9 @@ class Client:
     ) -> dict[str, list[int]]:
         """Addresses of other nodes that hold some of these keys, with the keys' indices."""
         found: dict[str, list[int]] = {}
+        if self._avoid.get("manager", 0.0) > time.monotonic():
+            return found
+        deadline = Deadline(min(deadline.at_s, time.monotonic() + LOCATE_TIMEOUT_S))
         try:
             names = self.manager().locate(namespace, keys, deadline)
             wanted = set(names) - {""}
@@ -186,7 +190,8 @@ class Client:
                 return {}
             infos = {info.node: info for info in self.manager().nodes(deadline) if info.alive}
         except Retry as error:
-            log.debug("locate_failed", why=str(error))
+            self._avoid["manager"] = time.monotonic() + AVOID_S
+            log.debug("locate_failed", why=str(error), effect="a miss")
             return {}
         for index, name in enumerate(names):
             if name in wanted and name in infos:

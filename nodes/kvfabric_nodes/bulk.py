@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-IDLE_S = 3600.0  # between two transfers
+IDLE_S = 365 * 86400.0  # between two transfers: a session's end also ends its connections
 
 
 def serve_bulk(

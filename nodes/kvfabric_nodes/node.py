@@ -127,7 +127,9 @@ class Node:
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         assert self._loop is not None
-        self._tasks.append(self._loop.create_task(work))
+        task = self._loop.create_task(work)
+        task.add_done_callback(_log_failure)
+        self._tasks.append(task)
 
     async def _end_tasks(self) -> None:
         for task in self._tasks:
@@ -204,6 +206,11 @@ class Node:
                 ) from error
             server.listen(sock)
             self.endpoints.tcp_address = f"{host}:{sock.getsockname()[1]}"
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("task_failed", task=task.get_coro(), exc_info=task.exception())
 
 
 def _bind_unix(path: Path) -> socket.socket:

@@ -37,6 +37,8 @@ MAX_WAITING_CALLS = 256  # per connection
 READ_BYTES = 1 << 18
 MAX_MAP_SEGMENTS = 64
 
+KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+
 _UCRED = struct.Struct("3i")
 
 
@@ -321,6 +323,7 @@ class WireServer:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
         self.connections.add(CallConnection(self, sock))
 
     def admit(self, sock: socket.socket) -> None:
@@ -409,3 +412,10 @@ class WireServer:
             connection.close()
         if self._threads:
             await self._threads_ended.wait()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Notices a client whose host is gone, so that its session ends."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEP_ALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
