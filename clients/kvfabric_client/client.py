@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.5  # better a miss than a late answer
+LISTED_S = 1.0  # how long a listing of this host's nodes is trusted
 AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
 
 
@@ -85,6 +86,8 @@ class Client:
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}  # by address
         self._avoid: dict[str, float] = {}  # until when, by address
+        self._addresses: list[str] = []
+        self._listed_until_s = 0.0
         self._manager: Manager | None = None
         self._closed = False
 
@@ -200,12 +203,15 @@ class Client:
                     found.setdefault(address, []).append(index)
         return found
 
-    def _candidates(self) -> Iterator[str]:
+    def _candidates(self) -> list[str]:
         """Good ones first, then those that failed a moment ago."""
         now_s = time.monotonic()
-        addresses = list(discovery.candidates(self._home))
-        good = [a for a in addresses if self._avoid.get(a, 0.0) <= now_s]
-        yield from [*good, *(a for a in addresses if a not in good)]
+        if now_s >= self._listed_until_s:
+            self._addresses = list(discovery.candidates(self._home))
+            self._listed_until_s = now_s + LISTED_S
+        if not self._avoid:
+            return self._addresses
+        return sorted(self._addresses, key=lambda a: self._avoid.get(a, 0.0) > now_s)
 
     def _link(self, address: str, deadline: Deadline) -> Link:
         if self._closed:
