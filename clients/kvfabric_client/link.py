@@ -11,13 +11,15 @@ import contextlib
 import mmap
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
 from google.protobuf.message import Message
 
 from kvfabric import __version__
-from kvfabric.errors import Refused, Unreachable
+from kvfabric.errors import FabricError, Refused, Unreachable
 from kvfabric.keys import namespace_id
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
 from kvfabric.types import PROTOCOL_VERSION, Namespace, NamespaceId
@@ -28,6 +30,9 @@ from kvfabric_client.buffers import Bytes
 
 MAX_CALL_CONNECTIONS = 4
 MAX_BULK_CONNECTIONS = 4
+RELEASE_S = 0.005  # how late a lease that was given back may reach an otherwise idle node
+RELEASE_LOOKS = 100
+RELEASE_TIMEOUT_S = 1.0
 WAIT_FOR_CONNECTION_S = 60.0  # beyond any deadline that a caller sets; deadlines come first
 
 _libc_populate = getattr(mmap, "MADV_POPULATE_WRITE", 23)
@@ -54,7 +59,10 @@ class Link:
         self._returned = threading.Condition(self._lock)
         self._opened: dict[Namespace, NamespaceId] = {}
         self._segments: dict[int, Bytes] = {}
-        self._owner = Connection(address, deadline_s)
+        self._released: deque[int] = deque()
+        self._release_soon = threading.Event()
+        self._releaser: threading.Thread | None = None
+        self._owner = Connection(address, deadline_s, self._released)
         try:
             self.hello = self._greet(self._owner, [], b"", deadline_s)
         except BaseException:
@@ -81,6 +89,9 @@ class Link:
                 connection.close()
             for bulk in self._bulks:
                 bulk.close()
+        self._release_soon.set()
+        if self._releaser is not None and self._releaser is not threading.current_thread():
+            self._releaser.join()
 
     # Calls --------------------------------------------------------------------------
 
@@ -123,7 +134,7 @@ class Link:
             raise
 
     def _join(self, deadline_s: float, *features: str) -> Connection:
-        connection = Connection(self.address, deadline_s)
+        connection = Connection(self.address, deadline_s, self._released)
         try:
             self._greet(connection, list(features), self.hello.session, deadline_s)
         except BaseException:
@@ -170,6 +181,38 @@ class Link:
             )
         self._opened[namespace] = expected
         return expected
+
+    # Leases ---------------------------------------------------------------------------
+
+    def release(self, lease: int) -> None:
+        """Gives a lease back: with the next request, or a few milliseconds from now."""
+        self._released.append(lease)
+        if self._release_soon.is_set():
+            return
+        self._release_soon.set()
+        if self._releaser is None:
+            self._releaser = threading.Thread(
+                target=self._release_late, name="kvfabric-release", daemon=True
+            )
+            self._releaser.start()
+
+    def _release_late(self) -> None:
+        """Sends what no request took along. It looks again and again while leases come and
+        go, for waking it for each of them would cost as much as sending a message."""
+        quiet = 0
+        while not self._owner.closed:
+            if quiet >= RELEASE_LOOKS:
+                self._release_soon.clear()
+                if not self._released:
+                    self._release_soon.wait()
+                quiet = 0
+            time.sleep(RELEASE_S)
+            quiet += 1
+            if self._released:
+                quiet = 0
+                deadline_s = time.monotonic() + RELEASE_TIMEOUT_S
+                with contextlib.suppress(FabricError), self.connection(deadline_s) as connection:
+                    connection.tell("release", node_pb2.ReleaseRequest(), deadline_s)
 
     # Shared memory --------------------------------------------------------------------
 

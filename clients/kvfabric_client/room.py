@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -315,8 +314,7 @@ class View:
         lease, self._lease = self._lease, 0
         self._views = []
         if lease:
-            with contextlib.suppress(Unreachable):
-                shm.release(self._link, lease, self._client.deadline(None))
+            self._link.release(lease)
 
     def __enter__(self) -> View:
         return self

@@ -179,13 +179,6 @@ def acquire(
     )
 
 
-def release(link: Link, lease: int, deadline: Deadline) -> None:
-    """Lets go; nobody waits for it."""
-    if lease:
-        with link.connection(deadline.at_s) as connection:
-            connection.tell("release", node_pb2.ReleaseRequest(leases=[lease]), deadline.at_s)
-
-
 def get(
     link: Link,
     namespace: NamespaceId,
@@ -223,7 +216,7 @@ def get(
         if not link.alive():
             raise Unreachable(f"node {link.node} went away while its memory was read")
     finally:
-        release(link, held.lease, deadline.extended())
+        link.release(held.lease)
     return statuses, damaged
 
 

@@ -384,8 +384,12 @@ class Handler:
     def release(
         self, session: Session, request: node_pb2.ReleaseRequest, response: node_pb2.ReleaseResponse
     ) -> None:
+        self.end_leases(session, request.leases)
+
+    def end_leases(self, session: Session, leases: Iterable[int]) -> None:
+        """The reader has let go of these."""
         now_s = self.clock.now()
-        for lease in self.core.release(session, request.leases):
+        for lease in self.core.release(session, leases):
             self.metrics.read["shm"].add(lease.size_bytes, now_s - lease.granted_s)
 
     async def verify(

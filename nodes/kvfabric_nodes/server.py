@@ -114,6 +114,8 @@ class CallConnection:
                 return
             if self.peer is None:
                 raise Refused("the first frame of a connection must be a hello_request")
+            if frame.released_leases:
+                self.server.handler.end_leases(self.peer.session, frame.released_leases)
             request = getattr(frame, body)
             if name in ("map", "unmap"):
                 self._on_map(name, request, answer)

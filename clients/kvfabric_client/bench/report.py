@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kvfabric.errors import Refused
 from rich.table import Table
+
+from kvfabric.errors import Refused
 
 BASE_PACKAGES = ("kvfabric", "numpy", "protobuf", "xxhash")
 DIGITS = 6  # after the point, in JSON

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvfabric.errors import Refused
-
 from kvfabric_client.bench.report import Row, Target
 
 MIN_ROUNDS = 5

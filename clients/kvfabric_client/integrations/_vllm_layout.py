@@ -178,9 +178,9 @@ class BlockMemory:
         self.layer_bytes = sizes.pop()
         self.shard_bytes = self.layers * self.layer_bytes
 
-    def pieces(self, block: int) -> list[memoryview]:
-        """A block's memory, one writable buffer per layer."""
-        return [memoryview(layer[block]) for layer in self._layers]
+    def pieces(self, block: int) -> list[Bytes]:
+        """A block's memory, one writable array per layer."""
+        return [layer[block] for layer in self._layers]
 
     def copy_out(self, block: int, shard: Bytes) -> None:
         """Copy a block into `shard` (`shard_bytes` long)."""

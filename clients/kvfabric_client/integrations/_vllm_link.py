@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import kvfabric_client
 from kvfabric.clock import Clock, SystemClock
 from kvfabric.errors import FabricError
 from kvfabric.types import Namespace
-from kvfabric_client.client import Client, Room
+from kvfabric_client.client import Client, Room, connect
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0
@@ -81,8 +80,8 @@ class Link:
 
     def _opened(self) -> Room:
         if self._room is None:
-            self._client = kvfabric_client.connect(
-                self._door.home, self._door.namespace.tenant, timeout_s=self._timeout_s
+            self._client = connect(
+                self._door.home, tenant=self._door.namespace.tenant, timeout_s=self._timeout_s
             )
             self._room = self._client.open(self._door.namespace)
         return self._room

@@ -130,7 +130,6 @@ class Loader:
         return room.get_into(
             self._shape.keys(self._room_id, self._first_head, blocks.first, blocks.links),
             [self._memory.pieces(block) for block in blocks.block_ids],
-            layers=self._memory.layers,
             timeout_s=left_s,
         )
 

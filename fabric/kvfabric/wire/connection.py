@@ -6,7 +6,9 @@ so a late answer does not cost the connection, nor the session that it carries.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections import deque
 from typing import Protocol, cast
 
 from google.protobuf.message import Message
@@ -25,11 +27,13 @@ class _Body(Protocol):
 class Connection:
     """Request, answer, request, answer. `kind` is "unix" or "tcp"."""
 
-    def __init__(self, address: str, deadline_s: float) -> None:
+    def __init__(self, address: str, deadline_s: float, released: deque[int] | None = None) -> None:
+        """`released`: leases to be given back with the next request, whichever it is."""
         self.address = address
         self.kind = address.partition(":")[0]
         self.retired: list[int] = []  # segments that the node wants back
         self._sock = sockets.connect(address, deadline_s)
+        self._released = deque() if released is None else released
         self._inbox = frames.Inbox()
         self._awaited: set[int] = set()
         self._arrived: dict[int, wire_pb2.Frame] = {}
@@ -120,6 +124,9 @@ class Connection:
         frame = wire_pb2.Frame(id=self._next_id if answered else 0)
         self._next_id += 1
         cast(_Body, getattr(frame, f"{name}_request")).CopyFrom(request)
+        with contextlib.suppress(IndexError):
+            while True:
+                frame.released_leases.append(self._released.popleft())
         head = frames.pack(frame)
         if answered:
             self._awaited.add(frame.id)

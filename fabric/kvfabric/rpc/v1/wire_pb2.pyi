@@ -32,6 +32,7 @@ class Frame(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     RETIRED_SEGMENTS_FIELD_NUMBER: _builtins.int
+    RELEASED_LEASES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     HELLO_REQUEST_FIELD_NUMBER: _builtins.int
     HELLO_RESPONSE_FIELD_NUMBER: _builtins.int
@@ -73,6 +74,12 @@ class Frame(_message.Message):
     @_builtins.property
     def retired_segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Segments that the node wants back from this session's mappings."""
+
+    @_builtins.property
+    def released_leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In a request: leases that end, before the request itself is looked at. A
+        message of its own would wake the node once more for each view.
+        """
 
     @_builtins.property
     def error(self) -> _types_pb2.Error: ...
@@ -153,6 +160,7 @@ class Frame(_message.Message):
         *,
         id: _builtins.int = ...,
         retired_segments: _abc.Iterable[_builtins.int] | None = ...,
+        released_leases: _abc.Iterable[_builtins.int] | None = ...,
         error: _types_pb2.Error | None = ...,
         hello_request: _node_pb2.HelloRequest | None = ...,
         hello_response: _node_pb2.HelloResponse | None = ...,
@@ -193,7 +201,7 @@ class Frame(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "released_leases", b"released_leases", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello_request", "hello_response", "match_request", "match_response", "reserve_request", "reserve_response", "commit_request", "commit_response", "abort_request", "abort_response", "acquire_request", "acquire_response", "renew_request", "renew_response", "release_request", "release_response", "pin_request", "pin_response", "unpin_request", "unpin_response", "purge_request", "purge_response", "stats_request", "stats_response", "explain_request", "explain_response", "read_request", "read_response", "write_request", "write_response", "verify_request", "verify_response", "map_request", "map_response", "unmap_request", "unmap_response"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
