@@ -38,6 +38,7 @@ from kvfabric_nodes.shards import Shard
 MIN_VERSION = 1
 DEFAULT_DEADLINE_S = 30.0
 MAX_NAMESPACES = 1024  # per session
+MAX_LAYERS = 4096  # per shard
 # Below this a commit's checksums cost less than handing them to another thread.
 INLINE_VERIFY_BYTES = 256 << 10
 
@@ -120,16 +121,16 @@ class Handler:
         tenant, _, _ = (request.principal or DEFAULT_TENANT).partition("/")
         features = sorted(offered & set(request.features))
         ids = [self._namespace(space, tenant) for space in request.namespaces]
+        if session is not None and session.tenant != tenant:
+            raise Denied(f"this session belongs to tenant {session.tenant!r}, not {tenant!r}")
+        if len(set(ids).union(session.namespaces if session else ())) > MAX_NAMESPACES:
+            raise Refused(f"more than {MAX_NAMESPACES} namespaces in one session; open another")
         if session is None:
             session = self.core.open_session(
                 tenant,
                 request.principal or DEFAULT_TENANT,
                 checked="unchecked" not in features,
             )
-        elif session.tenant != tenant:
-            raise Denied(f"this session belongs to tenant {session.tenant!r}, not {tenant!r}")
-        if len(session.namespaces | set(ids)) > MAX_NAMESPACES:
-            raise Refused(f"more than {MAX_NAMESPACES} namespaces in one session; open another")
         self.core.open_namespaces(session, ids)
         response.version = min(PROTOCOL_VERSION, request.max_version)
         response.node = self.identity.node
@@ -191,8 +192,11 @@ class Handler:
                 "give one size or one per key, and no parents or one per key"
             )
         layers = request.layers or 1
+        if layers > MAX_LAYERS:
+            raise Refused(f"{layers} layers in a shard; the limit is {MAX_LAYERS}")
         for size_bytes in set(sizes):
-            checksums.parts(size_bytes, layers)  # refuses what cannot be cut
+            if size_bytes <= self.core.extents.segment_bytes:  # else the core refuses it
+                checksums.parts(size_bytes, layers)  # refuses what cannot be cut
         grants = self.core.reserve(
             session,
             NamespaceId(request.namespace_id),
