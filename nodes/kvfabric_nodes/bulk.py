@@ -93,7 +93,7 @@ class _Bulk:
     # Out ----------------------------------------------------------------------------
 
     def _read(self, frame_id: int, request: node_pb2.ReadRequest) -> None:
-        deadline_s = seconds(request.deadline_ms)
+        deadline_s = self._handler.core.bounded(seconds(request.deadline_ms))
         self._deadline_s = time.monotonic() + deadline_s
         handler, core = self._handler, self._handler.core
         answer = wire_pb2.Frame(id=frame_id)
@@ -148,8 +148,8 @@ class _Bulk:
     # In -----------------------------------------------------------------------------
 
     def _write(self, frame_id: int, header: node_pb2.WriteRequest.Header) -> None:
-        self._deadline_s = time.monotonic() + seconds(header.deadline_ms)
         handler = self._handler
+        self._deadline_s = time.monotonic() + handler.core.bounded(seconds(header.deadline_ms))
         try:
             reservation, grants = self._server.on_core(
                 lambda: handler.reserve_extents(self._session, header)
@@ -160,10 +160,11 @@ class _Bulk:
         started_s = time.monotonic()
         answer = wire_pb2.Frame(id=frame_id)
         put_verdicts(answer.write_response, grants, last=reservation is None)
-        self.answer(answer)
         if reservation is None:
+            self.answer(answer)
             return
         try:
+            self.answer(answer)
             filling = Filling(reservation, handler.arena, checked=self._session.checked)
             trailer = self._receive_shards(frame_id, filling)
             fills, wrong = filling.verdicts(trailer)
@@ -188,6 +189,8 @@ class _Bulk:
             if frame.id != frame_id or frame.WhichOneof("body") != "write_request":
                 raise Refused("a write_request was begun and not ended by its trailer")
             if step.HasField("trailer"):
+                if payload_bytes:
+                    raise Refused("payload behind a trailer; it belongs before it")
                 return list(step.trailer.checksums)
             place = filling.place(step.index, step.offset, payload_bytes)
             sockets.receive_into(self._sock, place, self._deadline_s)

@@ -160,13 +160,16 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         if first is None or not first.HasField("header"):
             raise Refused("the first message of a Write must be its header")
         reservation, grants = handler.reserve_extents(session, first.header)
-        yield _verdicts(grants, last=reservation is None)
         if reservation is None:
+            yield _verdicts(grants, last=True)
             return
         started_s = handler.clock.now()
-        filling = Filling(reservation, handler.arena, checked=session.checked)
+        deadline_s = core.bounded(seconds(first.header.deadline_ms))
         try:
-            fills, wrong = filling.verdicts(await _receive(requests, filling))
+            yield _verdicts(grants, last=False)
+            filling = Filling(reservation, handler.arena, checked=session.checked)
+            trailer = await _receive(requests, filling, deadline_s)
+            fills, wrong = filling.verdicts(trailer)
             settled = handler.settle(reservation, fills, wrong)
         finally:
             core.abort(reservation)
@@ -262,14 +265,21 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
 
 async def _receive(
-    requests: AsyncIterator[node_pb2.WriteRequest], filling: Filling
+    requests: AsyncIterator[node_pb2.WriteRequest], filling: Filling, deadline_s: float
 ) -> Sequence[int]:
-    """Fills the granted extents; answers the trailer's checksums."""
-    async for step in requests:
-        if step.HasField("trailer"):
-            return step.trailer.checksums
-        filling.place(step.index, step.offset, len(step.payload))[:] = step.payload
-        filling.filled(step.index, len(step.payload))
+    """Fills the granted extents; answers the trailer's checksums. Retry after the deadline."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            async for step in requests:
+                if step.HasField("trailer"):
+                    return step.trailer.checksums
+                filling.place(step.index, step.offset, len(step.payload))[:] = step.payload
+                filling.filled(step.index, len(step.payload))
+    except TimeoutError as error:
+        raise Retry(
+            "the Write did not end by its deadline; nothing was stored: begin again, with a "
+            "longer one"
+        ) from error
     raise Refused("a Write must end with its trailer; nothing was stored")
 
 

@@ -35,6 +35,7 @@ FRAME_TIMEOUT_S = 30.0  # for the rest of a frame that has begun
 MAX_UNSENT_BYTES = 8 << 20  # answers that a client does not fetch
 MAX_WAITING_CALLS = 256  # per connection
 READ_BYTES = 1 << 18
+ACCEPT_PAUSE_S = 0.5  # after a failed accept
 MAX_MAP_SEGMENTS = 64
 
 KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
@@ -85,8 +86,11 @@ class CallConnection:
         try:
             for frame in self._inbox.feed(data):
                 self._on_frame(frame)
-                if self.sock.fileno() < 0 or not self._reading():
+                if not self._listening():
                     return
+                if self.peer and self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
         except FabricError as error:
             self._refuse(error)
             return
@@ -94,13 +98,10 @@ class CallConnection:
             self._timer = self._loop.call_later(
                 FRAME_TIMEOUT_S, self._give_up, "did not finish a frame in time"
             )
-        elif self.peer and not self._inbox and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
-    def _reading(self) -> bool:
-        """False once a bulk thread has taken the socket over."""
-        return self in self.server.connections
+    def _listening(self) -> bool:
+        """False once it is closed or deaf, or a bulk thread has taken the socket over."""
+        return self in self.server.connections and not self._deaf
 
     def _on_frame(self, frame: wire_pb2.Frame) -> None:
         body = frame.WhichOneof("body") or ""
@@ -159,6 +160,10 @@ class CallConnection:
         offered = frozenset({"shm", "bulk", "unchecked"} if self.is_unix else {"bulk", "unchecked"})
         if request.session:
             peer = self.server.join(request.session)
+            if self.peer not in (None, peer):
+                raise Refused("this connection carries another session; open a new one to join")
+            if self.peer and "bulk" in request.features:
+                raise Refused("this connection carries calls already; open a new one for bulk")
             handler.hello(peer.session, request, answer.hello_response, offered)
             answer.hello_response.session = request.session
             if "bulk" in request.features:
@@ -194,18 +199,20 @@ class CallConnection:
             found = core.extents.segments.get(segment)
             if found is None or found.tenant != session.tenant:
                 raise Denied(f"segment {segment} is not one of tenant {session.tenant!r}")
-        session.mapped.update(request.segments)
+        if self._unsent:
+            raise Retry("answers are waiting to be fetched; fetch them before mapping")
         answer.map_response.segments.extend(request.segments)
         answer.map_response.size_bytes.extend([arena.segment_bytes] * len(request.segments))
         descriptors = [arena.descriptor(segment) for segment in request.segments]
         data = frames.pack(answer)
-        if self._unsent:
-            raise Retry("answers are waiting to be fetched; fetch them before mapping")
         try:
             sent = socket.send_fds(self.sock, [data], descriptors)
+        except BlockingIOError as error:
+            raise Retry("answers are waiting to be fetched; fetch them before mapping") from error
         except OSError:
             self.close()
             return
+        session.mapped.update(request.segments)
         self._queue(data[sent:])
 
     def _answer(self, answer: wire_pb2.Frame) -> None:
@@ -316,7 +323,14 @@ class WireServer:
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors, most likely: the client waits in the backlog meanwhile.
+            remedy = "raise the limit of open files (ulimit -n)"
+            log.error("accept_failed", why=str(error), remedy=remedy, again_in_s=ACCEPT_PAUSE_S)
+            self._loop.remove_reader(listener)
+            self._loop.call_later(ACCEPT_PAUSE_S, self._listen_again, listener)
             return
         if len(self.connections) + len(self._threads) >= MAX_CONNECTIONS:
             log.warning("connection_refused", limit=MAX_CONNECTIONS)
@@ -327,6 +341,10 @@ class WireServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _keep_alive(sock)
         self.connections.add(CallConnection(self, sock))
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, listener)
 
     def admit(self, sock: socket.socket) -> None:
         """Refuses unix clients of another user."""
