@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from kvfabric import logs
 from kvfabric.clock import Clock, SystemClock
@@ -23,7 +25,7 @@ from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsup
 from kvfabric.manager import messages
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import next_epoch
-from kvfabric.manager.events import Answer, Lost
+from kvfabric.manager.events import Answer
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.membership import NodeState
 from kvfabric.metrics import MANAGER_METRICS, Metrics, MetricsServer
@@ -38,6 +40,7 @@ MAX_STREAMS = 1024  # nodes that may be heard at once; each holds one sleeping t
 MAX_CALLS = 64  # other calls under way at once; more get RESOURCE_EXHAUSTED
 TICKS_PER_SILENCE = 20
 STOP_GRACE_S = 1.0
+STOP_DEADLINE_S = 5.0
 _KEEPALIVE_MS = 10_000  # a peer that is gone without a word is noticed after two of them
 
 _CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
@@ -62,6 +65,13 @@ _OPTIONS = (
 log = logs.logger(part="manager")
 
 
+@dataclass(slots=True)
+class _Stream:
+    number: int
+    context: Any
+    heard_s: float
+
+
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
 
@@ -74,7 +84,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._metrics = metrics
         self._lock = threading.Lock()  # guards what follows, and the metrics' values
         self._core = ManagerCore(settings.silence_ms / 1000)
-        self._streams = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._open: dict[int, _Stream] = {}
         self._located = metrics.value("kvfabric_manager_locate_keys_total")
         self._locate_seconds = metrics.histogram("kvfabric_manager_locate_seconds")
         metrics.value("kvfabric_manager_epoch").value = epoch
@@ -100,13 +111,18 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
 
     def Heartbeat(  # noqa: N802
-        self, request_iterator: Iterator[control_pb2.HeartbeatRequest], context: Any
+        self, request_iterator: Iterator[control_pb2.HeartbeatRequest | bytes], context: Any
     ) -> Iterator[control_pb2.HeartbeatResponse]:
-        with self._lock:
-            stream = next(self._streams)
-        for request in request_iterator:
-            with _translated(context):
-                yield messages.answer(self._hear(request, stream), self._epoch)
+        stream = self._open_stream(context)
+        try:
+            for request in request_iterator:
+                with _translated(context):
+                    if isinstance(request, bytes):  # see _GarbageToHandlers
+                        raise Refused("this is no HeartbeatRequest; see control.proto")
+                    yield messages.answer(self._hear(request, stream), self._epoch)
+        finally:
+            with self._lock:
+                self._open.pop(stream.number, None)
 
     def Locate(  # noqa: N802
         self, request: control_pb2.LocateRequest, context: Any
@@ -159,23 +175,39 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 )
 
     def tick(self) -> None:
-        """Time has passed; see ManagerCore.tick."""
+        """Time has passed: see ManagerCore.tick; and silent streams are closed."""
         with self._lock:
-            lost = self._core.tick(self._clock.now())
+            now_s = self._clock.now()
+            lost = self._core.tick(now_s)
+            silence_s = self._settings.silence_ms / 1000
+            silent = [each for each in self._open.values() if now_s - each.heard_s > silence_s]
             self._metrics.value("kvfabric_manager_nodes_lost_total").value += len(lost)
             self._set_gauges()
+        for stream in silent:
+            stream.context.cancel()
         for each in lost:
-            self._tell_lost(each)
+            log.warning(
+                "node lost", node=each.node, incarnation=each.incarnation, replicas=each.replicas
+            )
 
     def check(self) -> None:
         """Broken unless the core's books agree."""
         with self._lock:
             self._core.check()
 
-    def _hear(self, request: control_pb2.HeartbeatRequest, stream: int) -> Answer:
-        event = messages.heartbeat(request, stream)
+    def _open_stream(self, context: Any) -> _Stream:
+        with _translated(context), self._lock:
+            if len(self._open) >= MAX_STREAMS:
+                raise Retry(f"{MAX_STREAMS} nodes are heard already; end some, or come later")
+            stream = _Stream(next(self._numbers), context, self._clock.now())
+            self._open[stream.number] = stream
+            return stream
+
+    def _hear(self, request: control_pb2.HeartbeatRequest, stream: _Stream) -> Answer:
+        event = messages.heartbeat(request, stream.number)
         with self._lock:
-            answer = self._core.heartbeat(event, self._clock.now())
+            stream.heard_s = self._clock.now()
+            answer = self._core.heartbeat(event, stream.heard_s)
             outcome = answer.outcome.value
             self._metrics.value("kvfabric_manager_heartbeats_total", outcome).value += 1
             if answer.cause:
@@ -193,11 +225,6 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             self._metrics.value("kvfabric_manager_nodes", state.value).value = count
         self._metrics.value("kvfabric_manager_keys").value = self._core.keys
         self._metrics.value("kvfabric_manager_replicas").value = self._core.replicas
-
-    def _tell_lost(self, lost: Lost) -> None:
-        log.warning(
-            "node lost", node=lost.node, incarnation=lost.incarnation, replicas=lost.replicas
-        )
 
 
 class ManagerServer:
@@ -233,7 +260,7 @@ class ManagerServer:
         log.info("manager serves", address=self.address, epoch=self.epoch)
 
     def stop(self) -> None:
-        """Ends calls and streams, gives everything back. May be repeated."""
+        """Ends calls and streams within STOP_DEADLINE_S, gives all back. May be repeated."""
         self._running.close()
 
     def check(self) -> None:
@@ -247,9 +274,12 @@ class ManagerServer:
 
     def _serve(self, started: contextlib.ExitStack) -> str:
         pool = ThreadPoolExecutor(MAX_STREAMS + MAX_CALLS, thread_name_prefix="manager-call")
-        started.callback(pool.shutdown)
+        started.callback(pool.shutdown, wait=False)
         server = grpc.server(
-            pool, options=_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS + MAX_CALLS
+            pool,
+            interceptors=[_GarbageToHandlers()],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=MAX_STREAMS + MAX_CALLS,
         )
         control_pb2_grpc.add_ControlServiceServicer_to_server(self._service, server)
         listen = self.settings.listen
@@ -261,7 +291,7 @@ class ManagerServer:
                 "Stop it, or name another address or port 0"
             ) from error
         server.start()
-        started.callback(lambda: server.stop(STOP_GRACE_S).wait())
+        started.callback(lambda: server.stop(STOP_GRACE_S).wait(STOP_DEADLINE_S))
         return f"{listen.rpartition(':')[0]}:{port}"
 
     def _tick(self) -> None:
@@ -271,6 +301,29 @@ class ManagerServer:
                 self._service.tick()
             except FabricError:
                 log.exception("tick failed")
+
+
+class _GarbageToHandlers(grpc.ServerInterceptor):
+    """Hands what cannot be parsed on a stream to its handler, as the bytes that came.
+
+    grpcio's threaded server never ends a stream whose message it failed to parse
+    itself: the call counts as one under way until the process ends.
+    """
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = continuation(handler_call_details)
+        if handler is None or not handler.request_streaming:
+            return handler
+
+        def parse(raw: bytes) -> Any:
+            try:
+                return handler.request_deserializer(raw)
+            except DecodeError:
+                return raw
+
+        return grpc.stream_stream_rpc_method_handler(
+            handler.stream_stream, parse, handler.response_serializer
+        )
 
 
 @contextlib.contextmanager

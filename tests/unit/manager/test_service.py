@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from kvfabric.directory import Inventory
 from kvfabric.errors import Broken, Refused
+from kvfabric.manager import service
 from kvfabric.manager.epoch import EPOCH_KEY, next_epoch
 from kvfabric.manager.messages import MAX_LOCATE_KEYS, MAX_REPORT_KEYS
 from kvfabric.manager.service import MAX_MESSAGE_BYTES, ManagerServer, ManagerSettings
@@ -198,6 +199,50 @@ def test_a_silent_node_is_listed_as_lost() -> None:
         assert types_pb2.Counter(name="kvfabric_manager_nodes_lost_total", value=1) in counters
     server.check()
     server.stop()
+
+
+def test_a_silent_stream_is_closed() -> None:
+    server = ManagerServer(
+        ManagerSettings(listen="127.0.0.1:0", store="memory:", heartbeat_ms=50, silence_ms=200)
+    )
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        stub = control_pb2_grpc.ControlServiceStub(channel)
+        stub.Register(registration(), timeout=TIMEOUT_S)
+        stream = Stream(stub)
+        stream.ask(beat(1, KEYS))
+
+        with pytest.raises(grpc.RpcError) as failure:
+            next(stream._answers)  # nothing more is sent
+
+    assert isinstance(failure.value, grpc.Call)
+    assert failure.value.code() is grpc.StatusCode.CANCELLED
+    server.stop()
+
+
+def test_one_stream_too_many_is_told_to_come_later(
+    stub: control_pb2_grpc.ControlServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_STREAMS", 1)
+    stub.Register(registration(), timeout=TIMEOUT_S)
+    first = Stream(stub)
+    first.ask(beat(1, KEYS))
+
+    with pytest.raises(grpc.RpcError, match="1 nodes are heard already") as failure:
+        Stream(stub).ask(beat(2, [], KEYS))
+    assert isinstance(failure.value, grpc.Call)
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    # A place that was given back is there for the next
+    first.close()
+    until_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            assert Stream(stub).ask(beat(2, [], KEYS)).sequence == 2
+        except grpc.RpcError:
+            assert time.monotonic() < until_s
+        else:
+            break
 
 
 def test_metrics_are_served() -> None:
