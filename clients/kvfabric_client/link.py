@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from kvfabric import __version__
 from kvfabric.errors import FabricError, Refused, Unreachable
 from kvfabric.keys import namespace_id
+from kvfabric.memory import populate
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
 from kvfabric.types import PROTOCOL_VERSION, Namespace, NamespaceId
 from kvfabric.wire import sockets
@@ -35,7 +36,8 @@ RELEASE_LOOKS = 100
 RELEASE_TIMEOUT_S = 1.0
 WAIT_FOR_CONNECTION_S = 60.0  # beyond any deadline that a caller sets; deadlines come first
 
-_libc_populate = getattr(mmap, "MADV_POPULATE_WRITE", 23)
+POPULATE_STEP_BYTES = 4 << 20
+POPULATE_S = 0.05  # per segment; where the node is still faulting its memory in, it takes longer
 
 
 class Link:
@@ -241,8 +243,7 @@ class Link:
             ):
                 mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
                 os.close(descriptor)
-                with contextlib.suppress(OSError, ValueError):
-                    mapped.madvise(_libc_populate)
+                _enter_pages(mapped)
                 self._segments[segment] = np.frombuffer(mapped, dtype=np.uint8)
 
     def give_back_retired(self, connection: Connection, deadline_s: float) -> None:
@@ -278,6 +279,16 @@ class Link:
         with self._lock:
             self._bulks.append(bulk)
             self._returned.notify()
+
+
+def _enter_pages(mapped: mmap.mmap) -> None:
+    """Spares the first copies their page faults."""
+    until_s = time.monotonic() + POPULATE_S
+    with contextlib.suppress(OSError):  # an old kernel: the copies fault, a little slower
+        for start in range(0, len(mapped), POPULATE_STEP_BYTES):
+            if time.monotonic() > until_s:
+                return
+            populate(mapped, start, min(POPULATE_STEP_BYTES, len(mapped) - start), write=False)
 
 
 class BulkConnection:

@@ -8,7 +8,6 @@ It gets a new memfd, which the kernel hands out zeroed.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -17,14 +16,12 @@ from collections.abc import Iterable
 
 import structlog
 
+from kvfabric.memory import populate
+
 log = structlog.get_logger(__name__)
 
 PREFAULT_STEP_BYTES = 4 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # nobody can cut memory away under us
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Memory:
@@ -45,12 +42,10 @@ class Memory:
         if size_bytes <= 0:
             return False
         # ctypes releases the GIL for the call, Python's own madvise does not.
-        # The buffer keeps the mapping alive meanwhile, should the segment be replaced.
-        start = ctypes.c_char.from_buffer(self._map, self.ready_bytes)
-        failed = _libc.madvise(ctypes.addressof(start), size_bytes, _MADV_POPULATE_WRITE)
-        if failed:
-            error = os.strerror(ctypes.get_errno())
-            log.warning("prefault_failed", why=error, effect="first writes will be slower")
+        try:
+            populate(self._map, self.ready_bytes, size_bytes, write=True)
+        except OSError as error:
+            log.warning("prefault_failed", why=str(error), effect="first writes will be slower")
             self.ready_bytes = self.size_bytes
             return False
         self.ready_bytes += size_bytes
