@@ -1,4 +1,4 @@
-"""The bench's own child processes: started with one line of JSON, ended with their input."""
+"""The bench's own child processes, which say with one line of JSON that they are ready."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Child:
     """`python -m MODULE ARGS`, in the bench's environment, so with the same settings.
 
     `ready` is the object that the child printed as its first line. Leaving the context
-    closes its input, then asks, then kills, each within END_TIMEOUT_S.
+    ends the child: it has END_TIMEOUT_S from SIGTERM on to end by itself.
     """
 
     def __init__(self, module: str, *args: str, start_timeout_s: float = 60.0) -> None:
@@ -41,13 +41,12 @@ class Child:
 
     def close(self) -> None:
         self._stream(self._process.stdin).close()
-        for end in (self._process.terminate, self._process.kill):
-            try:
-                self._process.wait(END_TIMEOUT_S)
-                break
-            except subprocess.TimeoutExpired:
-                end()
-        self._process.wait()
+        self._process.terminate()
+        try:
+            self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._stream(self._process.stdout).close()
 
     def __enter__(self) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,25 +9,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from kvfabric.errors import Refused
+from kvfabric.settings import parse_size
 from kvfabric_client.bench import datapath
 from kvfabric_client.bench.plan import NAMES, SIZES, Plan
 from kvfabric_client.bench.report import size_text
 from kvfabric_client.bench.rounds import Case
 
 DEFAULT: Final = Plan()
-_SIZE: Final = re.compile(r"(\d+)\s*(B|KiB|MiB|GiB)?")
-_UNITS: Final = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 app = typer.Typer(help="Measure the fabric on this machine, each figure beside its limit.")
-
-
-def parse_size(text: str) -> int:
-    """ "256KiB" -> 262144. Refused for anything but a whole number and a binary unit."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise Refused(f"{text!r} is no size; write it like 256KiB, 4 MiB or 2GiB")
-    return int(found[1]) * _UNITS[found[2]]
 
 
 @app.callback(invoke_without_command=True)
@@ -47,12 +36,12 @@ def data_path(
     """Put, get, view and match at one node of its own, beside bare copies and sockets."""
     if context.invoked_subcommand:
         return
-    plan = Plan(
-        only or NAMES,
-        [parse_size(size) for size in sizes.split(",")],
-        rounds,
-        parse_size(memory),
-    )
+    try:
+        size_bytes = [parse_size(size) for size in sizes.split(",")]
+        memory_bytes = parse_size(memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sizes, --memory") from error
+    plan = Plan(only or NAMES, size_bytes, rounds, memory_bytes)
     console = Console()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting a node", total=plan.steps)

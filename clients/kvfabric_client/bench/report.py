@@ -75,7 +75,7 @@ class AtLeast:
         return row.ratio >= self.ratio
 
     def text(self, row: Row) -> str:
-        return f"ratio >= {self.ratio:.2f}"
+        return f">= {self.ratio:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class AtMostOver:
         return row.value - row.limit <= self.over
 
     def text(self, row: Row) -> str:
-        return f"limit + {self.over:g} {row.unit}"
+        return f"over <= {self.over:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,14 @@ class Report:
     machine: dict[str, object]
 
     def table(self) -> Table:
-        """For people: the figures, their targets, and whether those are met."""
+        """For people: the figures, their targets, and whether those are met.
+
+        A speed's target is of its ratio to the limit, a time's of what it is over it.
+        """
         table = Table(title=self.title)
-        table.add_column("name")
-        for column in ("size", "value", "limit", "ratio", "value - limit", "target"):
-            table.add_column(column, justify="right")
+        table.add_column("name", no_wrap=True)
+        for column in ("size", "value", "limit", "ratio", "over", "target"):
+            table.add_column(column, justify="right", no_wrap=True)
         table.add_column("met")
         for row in self.rows:
             table.add_row(*_cells(row))
@@ -148,7 +151,7 @@ def size_text(size_bytes: int) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    over = "" if isinstance(row.target, AtLeast) else f"{row.value - row.limit:+.3g}"
+    over = f"{row.value - row.limit:+.3g}" if isinstance(row.target, AtMostOver) else ""
     verdict = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[row.met]
     return [
         row.name,

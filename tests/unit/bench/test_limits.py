@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from kvfabric.errors import Unreachable
 from kvfabric_client.bench.children import Child
 from kvfabric_client.bench.limits import PEER, Limits

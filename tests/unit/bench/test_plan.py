@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from kvfabric.errors import Refused
-from kvfabric_client.bench.command import parse_size
 from kvfabric_client.bench.plan import NAMES, Plan
 from kvfabric_client.bench.report import AtLeast, AtMostOver, Target
 from kvfabric_client.bench.targets import target_of
@@ -58,17 +57,3 @@ def test_a_plan_that_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(Refused, match=said):
         Plan(names, sizes, rounds, memory_bytes)
-
-
-@pytest.mark.parametrize(
-    ("text", "size_bytes"),
-    [("256KiB", 256 * KIB), ("4 MiB", 4 * MIB), ("2GiB", 2 * GIB), ("17", 17), ("17 B", 17)],
-)
-def test_sizes_are_read_in_binary_units(text: str, size_bytes: int) -> None:
-    assert parse_size(text) == size_bytes
-
-
-@pytest.mark.parametrize("text", ["", "1.5MiB", "4MB", "-1", "MiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(Refused, match="write it like 256KiB"):
-        parse_size(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
+
 from kvfabric.errors import Refused
 from kvfabric_client.bench.rounds import MIN_ROUNDS, Case, run_rounds
 
