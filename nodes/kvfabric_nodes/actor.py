@@ -47,7 +47,9 @@ class NodeActor:
         try:
             self._node = _started(given, ray.util.get_node_ip_address(), folder / f"{name}.ports")
         except ValidationError as error:
-            reasons = "; ".join(detail["msg"] for detail in error.errors())
+            reasons = "; ".join(
+                detail["msg"].removeprefix("Value error, ") for detail in error.errors()
+            )
             raise Refused(f"node {name}: {reasons}") from error
         self._stopping = False
         threading.Thread(target=self._end_with_node, name="kvfabric-watch", daemon=True).start()

@@ -28,6 +28,7 @@ LOCKED_BYTES = 64 * 2**20
 SOCKET_NAME_BYTES = 107
 NODE_NAME_BYTES = 20
 IMPORT_DEADLINE_S = 60.0
+MANAGER_DEADLINE_S = 3.0
 COPY_TUNABLE = "glibc.cpu.x86_non_temporal_threshold"
 
 
@@ -246,25 +247,25 @@ def leftovers(runtime_dir: Path) -> Finding:
     return Finding(name, Level.OK, "none")
 
 
-def manager(runtime_dir: Path) -> Finding:
-    from kvfabric.cluster import record
-    from kvfabric.cluster.control import Control
-    from kvfabric.errors import Broken, FabricError
+def manager(_runtime_dir: Path) -> Finding:
+    from kvfabric.errors import FabricError
+    from kvfabric_client import discovery
+    from kvfabric_client.deadline import Deadline
+    from kvfabric_client.manager import Manager
 
     name = "gManager"
     try:
-        fabric = record.read(runtime_dir)
-    except Broken:
-        fabric = None  # said by `leftovers`
-    if fabric is None or not fabric.manager:
-        return Finding(name, Level.OK, "no fabric is up here")
-    try:
-        with Control(fabric.manager) as control:
-            alive = sum(info.alive for info in control.nodes())
+        address = discovery.manager_address()
+        if not address:
+            return Finding(name, Level.OK, "no fabric is up here")
+        control = Manager(address)
+        nodes = control.nodes(Deadline.after(MANAGER_DEADLINE_S))
+        control.close()
     except FabricError as error:
         remedy = "Ray restarts it within seconds; else kvfabric down, kvfabric up"
         return Finding(name, Level.BROKEN, str(error), remedy)
-    return Finding(name, Level.OK, f"{fabric.manager} knows {alive} living nodes")
+    alive = sum(info.alive for info in nodes)
+    return Finding(name, Level.OK, f"{address} knows {alive} living nodes")
 
 
 def ports(_runtime_dir: Path) -> Finding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import signal
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -90,7 +91,11 @@ def _hold(started: Up, folder: Path, report: Report) -> None:
     from kvfabric import errors
     from kvfabric.cluster import deploy
 
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
     status = None
+    signal.signal(signal.SIGTERM, interrupt)  # as a service manager ends it
     try:
         status = started.wait()
     except KeyboardInterrupt:

@@ -25,10 +25,17 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON on standard output."
 
 
 def chosen_runtime_dir(option: Path | None) -> Path:
-    """The directory that the option names, else the user's own; it need not be there."""
+    """The directory that the option names, else the user's own; it need not be there.
+
+    The SDK, which looks for nodes there, is told by the environment.
+    """
+    import os
+
     from kvfabric.settings import runtime_dir
 
-    return option or runtime_dir()
+    if option is not None:
+        os.environ["KVFABRIC_RUNTIME_DIR"] = str(option.absolute())
+    return runtime_dir()
 
 
 def size(size_bytes: float) -> str:

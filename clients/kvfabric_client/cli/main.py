@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvfabric_client.cli import cluster, doctor, shows, status
+from kvfabric_client.cli import cluster, doctor, keys, shows, status
 
 
 class _OneLineErrors(TyperGroup):
@@ -35,6 +35,8 @@ app = typer.Typer(
 app.command()(cluster.up)
 app.command()(cluster.down)
 app.command()(status.status)
+app.command()(keys.explain)
+app.command()(keys.purge)
 app.command()(doctor.doctor)
 app.command(context_settings=shows.PASS_ON)(shows.demo)
 app.command(context_settings=shows.PASS_ON)(shows.bench)

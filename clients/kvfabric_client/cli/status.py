@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HITS = "kvfabric_node_hits_total"
 MISSES = "kvfabric_node_misses_total"
-NODE_DEADLINE_S = 2.0
+CALL_DEADLINE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +114,17 @@ def status(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
     While the gManager is away, the nodes of this machine tell about themselves.
     """
     from kvfabric import errors
-    from kvfabric.cluster import record
-    from kvfabric.cluster.control import Control
+    from kvfabric_client import discovery
 
     folder = chosen_runtime_dir(runtime_dir)
-    fabric = record.read(folder)
-    manager: dict[str, object] = {"address": fabric.manager if fabric else "", "alive": False}
+    address = discovery.manager_address()
+    manager: dict[str, object] = {"address": address, "alive": False}
     nodes: list[NodeView] = []
     trouble = ""
-    if fabric and fabric.manager:
+    if address:
         try:
-            with Control(fabric.manager) as control:
-                nodes = [view(info) for info in control.nodes()]
-                stats = control.stats()
-            manager |= {
-                "alive": True,
-                "epoch": stats.epoch,
-                "keys": stats.keys,
-                "replicas": stats.replicas,
-            }
+            nodes, totals = _asked(address)
+            manager |= {"alive": True} | totals
         except errors.Retry as error:
             trouble = str(error)
     if not manager["alive"]:
@@ -142,15 +134,24 @@ def status(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
                 trouble or f"no fabric runs here ({folder}): `kvfabric up` starts one"
             )
     if as_json:
-        print_json(
-            {
-                "manager": manager,
-                "ray": fabric.ray if fabric else "",
-                "nodes": [asdict(node) for node in nodes],
-            }
-        )
+        print_json({"manager": manager, "nodes": [asdict(node) for node in nodes]})
     else:
         _show(manager, nodes, trouble)
+
+
+def _asked(address: str) -> tuple[list[NodeView], dict[str, object]]:
+    """The nodes that the gManager knows, and its own totals."""
+    from kvfabric_client.deadline import Deadline
+    from kvfabric_client.manager import Manager
+
+    control = Manager(address)
+    try:
+        deadline = Deadline.after(CALL_DEADLINE_S)
+        nodes = [view(info) for info in control.nodes(deadline)]
+        stats = control.stats(deadline)
+    finally:
+        control.close()
+    return nodes, {"epoch": stats.epoch, "keys": stats.keys, "replicas": stats.replicas}
 
 
 def local_nodes(folder: Path) -> list[NodeView]:
@@ -162,7 +163,7 @@ def local_nodes(folder: Path) -> list[NodeView]:
     found = []
     for path in sorted(folder.glob("*.sock")):
         try:
-            with connect(home=f"unix:{path}", timeout_s=NODE_DEADLINE_S) as fabric:
+            with connect(f"unix:{path}", timeout_s=CALL_DEADLINE_S) as fabric:
                 stats = fabric.stats()
         except errors.Retry:
             continue  # a socket that somebody left
@@ -170,7 +171,9 @@ def local_nodes(folder: Path) -> list[NodeView]:
             node=stats.node, incarnation=stats.incarnation, stats=stats, alive=True
         )
         info.endpoints.unix_path = str(path)
-        found.append(view(info))
+        # The client falls back to another node where this one is gone: say each only once.
+        if path.name == f"{stats.node}.sock":
+            found.append(view(info))
     return found
 
 

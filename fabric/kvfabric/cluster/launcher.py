@@ -36,13 +36,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+import grpc
 import ray
 from ray._private.node import Node as RayNode
 from ray._private.parameter import RayParams
 
 from kvfabric import errors, logs
 from kvfabric.cluster import record
-from kvfabric.cluster.control import Control
 from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan, Plan, from_json
 from kvfabric.cluster.processes import marked, this_process
 from kvfabric.manager.actor import ManagerActor, NodePlan
@@ -55,8 +55,10 @@ from kvfabric.manager.fleet import (
     NODE_RESOURCE,
     RAY_NAMESPACE,
     memory_nodes,
+    reason,
 )
 from kvfabric.manager.settings import ManagerSettings
+from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
 
 logger = logs.logger(part="launcher")
 
@@ -251,27 +253,32 @@ def start_manager(settings: ManagerSettings, nodes: NodePlan) -> Any:
     try:
         ray.get(manager.address.remote(), timeout=ACTOR_DEADLINE_S)
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise errors.Broken(f"the gManager did not start: {reason}") from error
+        raise errors.Refused(f"the gManager did not start: {reason(error)}") from error
     return manager
 
 
 def await_nodes(manager: Any, address: str, wanted: int) -> list[str]:
     """The names of the living nodes, once `wanted` of them have registered."""
+    # The machine's proxy settings are for the outside, not for the fabric.
+    channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    stub = control_pb2_grpc.ControlServiceStub(channel)
+    alive: list[str] = []
     deadline = time.monotonic() + NODES_DEADLINE_S
-    with Control(address) as control:
+    with channel:
         while time.monotonic() < deadline:
-            alive = sorted(info.node for info in control.nodes() if info.alive)
+            nodes = stub.ListNodes(
+                control_pb2.ListNodesRequest(), timeout=ACTOR_DEADLINE_S, wait_for_ready=True
+            ).nodes
+            alive = sorted(info.node for info in nodes if info.alive)
             if len(alive) >= wanted:
                 return alive
-            for name, reason in ray.get(
-                manager.troubles.remote(), timeout=ACTOR_DEADLINE_S
-            ).items():
-                raise errors.Refused(f"the rManager of {name} did not start: {reason}")
+            troubles = ray.get(manager.troubles.remote(), timeout=ACTOR_DEADLINE_S)
+            for name, why in troubles.items():
+                raise errors.Refused(f"the rManager of {name} did not start: {why}")
             time.sleep(POLL_S)
     raise errors.DeadlineExceeded(
-        f"only {len(alive)} of {wanted} rManagers registered within {NODES_DEADLINE_S:g} s: "
-        "see Ray's logs of the actors"
+        f"{len(alive)} of {wanted} rManagers registered within {NODES_DEADLINE_S:g} s: "
+        "see the actors' logs in Ray's session directory"
     )
 
 

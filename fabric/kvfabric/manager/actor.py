@@ -22,6 +22,7 @@ from kvfabric.manager.fleet import (
     RAY_NAMESPACE,
     MemoryNode,
     lacking,
+    reason,
 )
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
@@ -133,6 +134,5 @@ class Fleet:
                 ray.get(answer)
                 self._troubles.pop(name, None)
             except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[-1]
-                logger.warning("an rManager did not start", node=name, reason=reason)
-                self._troubles[name] = reason
+                self._troubles[name] = reason(error)
+                logger.warning("an rManager did not start", node=name, why=reason(error))

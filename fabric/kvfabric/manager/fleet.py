@@ -56,3 +56,10 @@ def lacking(
 ) -> list[MemoryNode]:
     """The memory nodes for which no rManager lives or is being started."""
     return [node for node in memory_nodes(ray_nodes) if node.actor not in living_actors]
+
+
+def reason(error: Exception) -> str:
+    """Why an actor did not start: the last line of Ray's report, without the error's type."""
+    line = str(error).strip().splitlines()[-1]
+    kind, _, text = line.partition(": ")
+    return text if kind.replace(".", "").replace("_", "").isalnum() and text else line
