@@ -6,6 +6,7 @@ import queue
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,7 @@ from kvfabric.manager.service import MAX_MESSAGE_BYTES, ManagerServer, ManagerSe
 from kvfabric.rpc.v1 import control_pb2 as pb
 from kvfabric.rpc.v1 import control_pb2_grpc, types_pb2
 from kvfabric.stores import MemoryStore
+from kvfabric.stores.sqlite import SqliteStore
 
 TIMEOUT_S = 20.0
 ROOM = b"r" * 32
@@ -381,6 +383,16 @@ def test_each_start_on_a_store_has_a_greater_epoch(tmp_path: Path) -> None:
         server.stop()
 
     assert epochs == [1, 2, 3]
+
+
+def test_managers_that_start_at_once_get_different_epochs(tmp_path: Path) -> None:
+    stores = [SqliteStore(tmp_path / "m.db") for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        epochs = list(pool.map(next_epoch, stores))
+
+    assert sorted(epochs) == [1, 2, 3, 4]
+    for store in stores:
+        store.close()
 
 
 def test_an_epoch_that_is_no_number_is_not_guessed() -> None:
