@@ -147,9 +147,18 @@ def read_by_shared_memory(peer: Peer) -> bytes:
 
     # Id 0: no answer; the next answer belongs to the next call.
     peer.send(wire_pb2.Frame(release_request=node_pb2.ReleaseRequest(leases=[found.lease])))
-    stats = peer.call(wire_pb2.Frame(id=7, stats_request=node_pb2.StatsRequest()))
-    assert stats.stats_response.stats.leases == 0
+    assert leases(peer, wire_pb2.Frame(id=7)) == 0
+
+    again = peer.call(wire_pb2.Frame(id=8, acquire_request=acquire)).acquire_response
+    assert leases(peer, wire_pb2.Frame(id=9)) == 1
+    assert leases(peer, wire_pb2.Frame(id=10, released_leases=[again.lease])) == 0
     return shard
+
+
+def leases(peer: Peer, frame: wire_pb2.Frame) -> int:
+    """How many the node counts, asked by this frame."""
+    frame.stats_request.SetInParent()
+    return peer.call(frame).stats_response.stats.leases
 
 
 def read_by_bulk(peer: Peer) -> bytes:
