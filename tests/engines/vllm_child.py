@@ -31,11 +31,39 @@ def main() -> None:
             for out in engine.generate(prompts, params, use_tqdm=False)
         ]
 
+    def keys(prompt: list[int]) -> tuple[str, list[list[str]]]:
+        """What the connector's scheduler side would look up for a prompt."""
+        from vllm.v1.request import Request
+
+        core = engine.llm_engine.engine_core.engine_core
+        side = core.scheduler.connector._scheduler
+        request = Request(
+            "keys", prompt, SamplingParams(), None, block_hasher=core.request_block_hasher
+        )
+        parts = side._keys(side._track(request))
+        side.finished(request)
+        fingerprint = side._link._door.namespace.fingerprint
+        return fingerprint.hex(), [[key.hex() for key in part] for part in parts]
+
+    def digest() -> str:
+        """Of the whole KV cache."""
+        from blake3 import blake3
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        whole = blake3()
+        for layer in get_kv_transfer_group()._worker._loader._memory._layers:
+            whole.update(memoryview(layer).cast("B"))
+        return whole.hexdigest()
+
     answer("ready")
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("forget"):
             answer(engine.reset_prefix_cache())
+        elif request.get("digest"):
+            answer(digest())
+        elif "keys" in request:
+            answer(keys(request["keys"]))
         else:
             answer(generate(request))
     engine.llm_engine.engine_core.shutdown()
