@@ -278,7 +278,8 @@ class NodeCore:
 
     def release(self, session: Session, lease_ids: Iterable[int]) -> list[Lease]:
         """The reader lets go; unknown leases are ignored, so that it is safe to repeat."""
-        leases = [session.leases[i] for i in lease_ids if i in session.leases]
+        once = dict.fromkeys(lease_ids)
+        leases = [session.leases[i] for i in once if i in session.leases]
         for lease in leases:
             self._let_go(lease)
         return leases
