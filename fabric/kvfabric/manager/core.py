@@ -36,7 +36,7 @@ class ManagerCore:
     `now_s` only goes forward; its zero means nothing.
     """
 
-    def __init__(self, silence_s: float) -> None:
+    def __init__(self, silence_s: float, now_s: float) -> None:
         self._silence_s = silence_s
         self._members = Membership(silence_s)
         self._directory = Directory()
@@ -44,7 +44,7 @@ class ManagerCore:
         # What a node said it holds, where its last message was to be believed as it is.
         self._claims: dict[NodeId, Inventory] = {}
         self._reporting: set[NodeId] = set()  # in the middle of a full report
-        self._ticked_s: float | None = None
+        self._ticked_s = now_s
 
     # Nodes
 
@@ -103,7 +103,7 @@ class ManagerCore:
         Must come several times within the silence that is allowed. If it did not, we
         were stopped ourselves, and nobody is blamed for what we did not hear.
         """
-        if self._ticked_s is not None and now_s - self._ticked_s > self._silence_s / 2:
+        if now_s - self._ticked_s > self._silence_s / 2:
             self._members.excuse(now_s)
         self._ticked_s = now_s
         lost = []

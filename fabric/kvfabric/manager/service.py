@@ -83,9 +83,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._clock = clock
         self._metrics = metrics
         self._lock = threading.Lock()  # guards what follows, and the metrics' values
-        self._core = ManagerCore(settings.silence_ms / 1000)
+        self._core = ManagerCore(settings.silence_ms / 1000, clock.now())
         self._numbers = itertools.count(1)
         self._open: dict[int, _Stream] = {}
+        self._ticked_s = clock.now()
         self._located = metrics.value("kvfabric_manager_locate_keys_total")
         self._locate_seconds = metrics.histogram("kvfabric_manager_locate_seconds")
         metrics.value("kvfabric_manager_epoch").value = epoch
@@ -179,8 +180,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         with self._lock:
             now_s = self._clock.now()
             lost = self._core.tick(now_s)
-            silence_s = self._settings.silence_ms / 1000
-            silent = [each for each in self._open.values() if now_s - each.heard_s > silence_s]
+            silent = self._silent_streams(now_s)
             self._metrics.value("kvfabric_manager_nodes_lost_total").value += len(lost)
             self._set_gauges()
         for stream in silent:
@@ -219,6 +219,14 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             with logs.cause(f"heartbeat {event.node}/{event.incarnation}/{event.sequence}"):
                 log.warning("full report wanted", node=event.node, why=answer.cause.value)
         return answer
+
+    def _silent_streams(self, now_s: float) -> list[_Stream]:
+        silence_s = self._settings.silence_ms / 1000
+        if now_s - self._ticked_s > silence_s / 2:  # we were stopped ourselves, as in the core
+            for stream in self._open.values():
+                stream.heard_s = now_s
+        self._ticked_s = now_s
+        return [each for each in self._open.values() if now_s - each.heard_s > silence_s]
 
     def _set_gauges(self) -> None:
         for state, count in self._core.states().items():

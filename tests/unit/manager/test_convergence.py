@@ -88,7 +88,7 @@ class Convergence(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.core = ManagerCore(SILENCE_S)
+        self.core = ManagerCore(SILENCE_S, self.now_s)
         self.nodes = {name: ScriptedNode(name) for name in NODES}
         self.streams = itertools.count(1)
         self.kept: list[Heartbeat] = []
@@ -161,13 +161,12 @@ class Convergence(RuleBasedStateMachine):
 
     @rule()
     def manager_was_stopped(self) -> None:
-        self.core.tick(self.now_s)
         self.now_s += 100.0
         assert self.core.tick(self.now_s) == []
 
     @rule()
     def manager_restarts(self) -> None:
-        self.core = ManagerCore(SILENCE_S)
+        self.core = ManagerCore(SILENCE_S, self.now_s)
         self.kept.clear()  # connections die with it
 
     # What must hold

@@ -72,7 +72,7 @@ def where(core: ManagerCore, *numbers: int) -> list[tuple[NodeId, ...]]:
 
 @pytest.fixture
 def core() -> Iterator[ManagerCore]:
-    core = ManagerCore(SILENCE_S)
+    core = ManagerCore(SILENCE_S, 0.0)
     yield core
     core.check()
 

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from pydantic import ValidationError
 
+from kvfabric.clock import ManualClock
 from kvfabric.directory import Inventory
 from kvfabric.errors import Broken, Refused
 from kvfabric.manager import service
@@ -219,6 +220,25 @@ def test_a_silent_stream_is_closed() -> None:
 
     assert isinstance(failure.value, grpc.Call)
     assert failure.value.code() is grpc.StatusCode.CANCELLED
+    server.stop()
+
+
+def test_a_manager_that_was_stopped_blames_nobody() -> None:
+    clock = ManualClock()
+    server = ManagerServer(ManagerSettings(listen="127.0.0.1:0", store="memory:"), clock)
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        stub = control_pb2_grpc.ControlServiceStub(channel)
+        stub.Register(registration(), timeout=TIMEOUT_S)
+        stream = Stream(stub)
+        stream.ask(beat(1, KEYS))
+
+        clock.advance(100.0)
+        server._service.tick()
+
+        assert stream.ask(beat(2, [], KEYS)) == pb.HeartbeatResponse(epoch=1, sequence=2)
+        assert stub.ListNodes(pb.ListNodesRequest(), timeout=TIMEOUT_S).nodes[0].alive
+        stream.close()
     server.stop()
 
 
