@@ -82,13 +82,14 @@ class NodeCore:
         session.mapped.difference_update(segments)
         self._recycle()
 
-    def _recycle(self) -> None:
-        """Retired segments that nobody maps any more come back as fresh ones."""
+    def _recycle(self) -> bool:
+        """Retired segments that nobody maps any more come back as fresh ones; whether any did."""
         if not self.extents.retired:
-            return
+            return False
         mapped: set[int] = set().union(*(s.mapped for s in self.sessions.values()))
-        for segment in [s for s in self.extents.retired if s not in mapped]:
-            self.recycled.append((segment, self.extents.replace(segment).id))
+        unmapped = [s for s in self.extents.retired if s not in mapped]
+        self.recycled += [(old, self.extents.replace(old).id) for old in unmapped]
+        return bool(unmapped)
 
     # Writing ------------------------------------------------------------------
 
@@ -329,11 +330,9 @@ class NodeCore:
         self.admit(session, namespace, len(keys))
         chosen: dict[Key, Shard] = {}
         if keys:
-            for key in keys:
-                shard = self.shards.get(namespace, key)
-                if shard is not None and key not in chosen:
-                    chosen[key] = shard
-                    chosen.update((s.key, s) for s in self.shards.descendants(shard))
+            named = [self.shards.get(namespace, key) for key in dict.fromkeys(keys)]
+            roots = [shard for shard in named if shard is not None]
+            chosen.update((s.key, s) for s in [*roots, *self.shards.descendants(roots)])
         else:
             chosen.update(self.shards.room(namespace))
         victims = [s for s in chosen.values() if owner in ("", s.owner)]
@@ -503,14 +502,15 @@ class NodeCore:
 
     def _find_room(self, tenant: str, size_bytes: int, now_s: float) -> Extent | None:
         """An extent, after evicting the coldest where there is none."""
-        extent = self.extents.allocate(tenant, size_bytes)
-        if extent is None and self.extents.retire_empty(tenant) is not None:
-            self._recycle()
-            extent = self.extents.allocate(tenant, size_bytes)
         pool = (tenant, slot_bytes(size_bytes))
-        while extent is None and self._eviction.make_room(pool, now_s):
+        extent = self.extents.allocate(tenant, size_bytes)
+        while extent is None and (self._take_over(tenant) or self._eviction.make_room(pool, now_s)):
             extent = self.extents.allocate(tenant, size_bytes)
         return extent
+
+    def _take_over(self, tenant: str) -> bool:
+        """Retires another tenant's empty slab; whether one came back at once, unmapped."""
+        return self.extents.retire_empty(tenant) is not None and self._recycle()
 
     def _why_full(self, size_bytes: int) -> str:
         books = self.books()

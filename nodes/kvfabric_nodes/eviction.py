@@ -1,15 +1,16 @@
 """Which shards go when there is no room: the coldest leaf, or a whole slab that lies colder.
 
-Demand shifts between shard sizes. A sub-pool that turned over a slab's worth of its own
-shards looks whether another sub-pool has a slab whose latest use is longer ago than that
-of its own coldest shard; such a slab is emptied and moves.
+Demand shifts between shard sizes, and between tenants. A sub-pool whose own coldest shard
+is not the coldest of all looks for a slab elsewhere whose latest use is longer ago; such a
+slab is emptied and moves. Where it finds none, it turns over a slab's worth of its own
+shards before it looks again, so that looking stays cheap.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from kvfabric_nodes.extents import Extents, Pool, Segment
+from kvfabric_nodes.extents import Extents, Pool
 from kvfabric_nodes.shards import Shard, Shards
 
 
@@ -26,57 +27,64 @@ class Eviction:
         self.extents = extents
         self.shards = shards
         self.drop = drop
-        self._turned_over: dict[Pool, int] = {}  # evictions since the last look elsewhere
+        self._patience: dict[Pool, int] = {}  # own evictions until the next look elsewhere
 
     def make_room(self, pool: Pool, now_s: float) -> bool:
-        """Evicts one shard of the pool, or empties a slab of another; False: nothing can go."""
+        """Evicts one shard of the pool, or empties a slab of another; False: nothing can go.
+
+        An emptied slab of another tenant is not yet the pool's: it has to be retired.
+        """
         victim = self.shards.coldest(pool)
-        slots = self.extents.segment_bytes // pool[1]
-        if victim is None or self._turned_over.get(pool, 0) >= slots:
-            # The pool has nothing to give, or turned over a whole slab's worth of its own:
-            # time to see whether demand has shifted to it from a pool that lies colder.
-            self._turned_over[pool] = 0
+        patience = self._patience.pop(pool, 0)
+        if victim is None or (not patience and self._colder_elsewhere(victim)):
             slab = self._coldest_slab(pool, victim.last_used if victim else None)
             if slab is not None:
-                self._empty(slab, pool, now_s)
+                for shard in slab:
+                    why = f"its slab moves to shards of {pool[1]} bytes"
+                    self.drop(shard, "evicted", why, now_s)
                 return True
+            patience = self.extents.segment_bytes // pool[1]
         if victim is None:
             return False
-        self._turned_over[pool] = self._turned_over.get(pool, 0) + 1
+        if patience > 1:
+            self._patience[pool] = patience - 1
         self.drop(victim, "evicted", "the coldest leaf of its sub-pool", now_s)
         return True
 
-    def _coldest_slab(self, pool: Pool, older_than: int | None) -> Segment | None:
-        """The slab outside `pool` whose latest use is longest ago, if all of it can go.
+    def _colder_elsewhere(self, victim: Shard) -> bool:
+        """Whether some pool has a leaf that was not used for longer: a first, cheap look."""
+        leaves = (self.shards.coldest(pool) for pool in self.shards.pools())
+        return any(leaf and leaf.last_used < victim.last_used for leaf in leaves)
 
-        It must lie colder than the pool's own coldest shard (`older_than`), else moving
-        it would throw away the warmer bytes.
+    def _coldest_slab(self, pool: Pool, older_than: int | None) -> list[Shard] | None:
+        """The shards of the slab outside `pool` whose latest use is longest ago, leaves first,
+        with what continues them; None where no slab can go.
+
+        All of it must be colder than the pool's own coldest shard (`older_than`), else moving
+        the slab would throw away the warmer bytes. Another tenant's slab goes only while none
+        is on its way already: it may take its clients a while to let go of one.
         """
+        abroad = not self.extents.retired
         by_slab: dict[int, list[Shard]] = {}
         for shard in self.shards:
-            if shard.pool != pool and shard.pool[0] == pool[0]:
+            if shard.pool != pool and (abroad or shard.pool[0] == pool[0]):
                 by_slab.setdefault(shard.extent.segment, []).append(shard)
-        best: tuple[int, Segment] | None = None
-        for segment_id, shards in by_slab.items():
-            segment = self.extents.segments[segment_id]
-            if len(shards) < len(segment.used):
-                continue  # reserved or quarantined extents lie there
-            if any(shard.pinned or shard.extent.holders for shard in shards):
-                continue
-            latest = max(shard.last_used for shard in shards)
+        ranked = sorted((max(s.last_used for s in slab), slot) for slot, slab in by_slab.items())
+        for latest, segment in ranked:
             if older_than is not None and latest >= older_than:
-                continue
-            if best is None or latest < best[0]:
-                best = (latest, segment)
-        return best[1] if best else None
+                return None
+            slab = by_slab[segment]
+            if len(slab) < len(self.extents.segments[segment].used):
+                continue  # reserved or quarantined extents lie there
+            all_of_it = [*slab, *self.shards.descendants(slab)]
+            if all(_can_go(shard, older_than) for shard in all_of_it):
+                return all_of_it[::-1]
+        return None
 
-    def _empty(self, slab: Segment, pool: Pool, now_s: float) -> None:
-        """Evicts every shard of a slab, and what continues them first."""
-        inside = [s for s in self.shards if s.extent.segment == slab.id]
-        why = f"its slab moves to shards of {pool[1]} bytes"
-        for shard in inside:
-            for descendant in reversed(self.shards.descendants(shard)):
-                if self.shards.evictable(descendant):
-                    self.drop(descendant, "evicted", why, now_s)
-            if shard.present:
-                self.drop(shard, "evicted", why, now_s)
+
+def _can_go(shard: Shard, older_than: int | None) -> bool:
+    return (
+        not shard.pinned
+        and not shard.extent.holders
+        and (older_than is None or shard.last_used < older_than)
+    )

@@ -8,7 +8,7 @@ heap is put right when a stale entry comes to its top.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvfabric.types import Key, NamespaceId
@@ -130,18 +130,28 @@ class Shards:
             heapq.heappop(queue)
             shard.queued = False
             self.consider(shard)
+        self._queues.pop(pool, None)
         return None
 
-    def descendants(self, shard: Shard) -> list[Shard]:
-        """All present shards that continue this one, deepest last."""
+    def pools(self) -> list[Pool]:
+        """Those that may have something to evict."""
+        return list(self._queues)
+
+    def descendants(self, shards: Iterable[Shard]) -> list[Shard]:
+        """All other present shards that continue any of these, once each, deepest last."""
+        frontier = list(shards)
+        seen = set(frontier)
         found: list[Shard] = []
-        families = self._children.get(shard.namespace, {})
-        frontier = [shard.key]
-        room = self.room(shard.namespace)
         while frontier:
-            frontier = [child for key in frontier for child in families.get(key, ())]
-            found += [room[key] for key in frontier]
+            frontier = [c for s in frontier for c in self._continuations(s) if c not in seen]
+            seen.update(frontier)
+            found += frontier
         return found
+
+    def _continuations(self, shard: Shard) -> list[Shard]:
+        room = self.room(shard.namespace)
+        families = self._children.get(shard.namespace, {})
+        return [room[key] for key in families.get(shard.key, ())]
 
     def _continues(self, key: Key, ancestor: Key, namespace: NamespaceId) -> bool:
         """Whether `key` is `ancestor` or continues it."""
