@@ -22,7 +22,7 @@ from kvfabric_nodes.metrics import NodeMetrics
 
 log = structlog.get_logger(__name__)
 
-REPORT_SHARDS = 50_000  # per message, some 2.5 MB
+REPORT_SHARDS = 16_384  # per message: the manager takes one in without a long pause
 RETRY_S = 0.5
 CALL_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.25  # a match waits for it: better a miss than a late answer
@@ -137,12 +137,13 @@ class Heartbeat:
     def _messages(self, full: bool) -> Iterable[control_pb2.HeartbeatRequest]:
         """What changed since the last heartbeat, or all that there is, in limited messages."""
         core = self._core
-        full = full or len(core.added) + len(core.removed) > REPORT_SHARDS
+        full = full or core.changes_lost
         shards = core.shards if full else core.added.values()
         added = [(s.namespace, s.key, s.size_bytes) for s in shards]
         removed = [] if full else [(namespace, key, 0) for namespace, key in core.removed]
         core.added.clear()
         core.removed.clear()
+        core.changes_lost = False
         count, checksum = core.shards.count, core.inventory_hash
         stats = self._metrics.stats()
         pieces = [
