@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from kvfabric.types import (
     NamespaceId,
     Status,
 )
+from kvfabric.wire.frames import MAX_HEADER_BYTES
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.filling import Fill
@@ -39,6 +41,8 @@ MIN_VERSION = 1
 DEFAULT_DEADLINE_S = 30.0
 MAX_NAMESPACES = 1024  # per session
 MAX_LAYERS = 4096  # per shard
+MAX_REASONS = 256  # per answer
+PLACE_BYTES = 48  # at most, of one key in an AcquireResponse without its checksums
 # Below this a commit's checksums cost less than handing them to another thread.
 INLINE_VERIFY_BYTES = 256 << 10
 
@@ -377,6 +381,12 @@ class Handler:
             response.layers.extend([s.layers if s else 0 for s in found])
             for shard in lease.shards:
                 response.checksums.extend(shard.checksums)
+        if len(found) * PLACE_BYTES + len(response.checksums) * 8 > MAX_HEADER_BYTES:
+            self.core.release(session, [lease.id])
+            raise Refused(
+                f"{len(found)} shards have {len(response.checksums)} checksums, more than one "
+                "answer can tell; use smaller batches"
+            )
 
     def renew(
         self, session: Session, request: node_pb2.RenewRequest, response: node_pb2.RenewResponse
@@ -488,9 +498,10 @@ def checked_keys(raw: Sequence[bytes]) -> list[Key]:
 
 
 def put_reasons(reasons: Any, grants: Iterable[tuple[int, Grant]]) -> None:
-    for index, grant in grants:
-        if grant.reason:
-            reasons[index] = grant.reason
+    """The first reasons of a batch: with one for each of thousands it would fit no answer."""
+    given = ((index, grant.reason) for index, grant in grants if grant.reason)
+    for index, reason in itertools.islice(given, MAX_REASONS):
+        reasons[index] = reason
 
 
 def put_verdicts(response: node_pb2.WriteResponse, grants: list[Grant], *, last: bool) -> None:
