@@ -1,0 +1,141 @@
+"""A client in a process of its own, to be stopped and killed: `child.py ROLE ADDRESS ...`.
+
+Writes a line of JSON for each step, and goes on when it is sent a line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from blake3 import blake3
+
+from kvfabric.errors import FabricError
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import Key, Namespace, Status
+from kvfabric_client import Room, connect
+
+SPACE = Namespace("default", bytes(32), b"faults")
+TIMEOUT_S = 20.0
+
+
+def say(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)  # noqa: T201
+
+
+def write(address: str, key: str, size: str, deadline_ms: str) -> None:
+    """Reserves, fills half; on a line fills all and commits; on another lets go."""
+    with connect(address, timeout_s=TIMEOUT_S) as client:
+        room = client.open(SPACE)
+        link = client._link(address, client.deadline(None))
+        at_s = client.deadline(None).at_s
+        link.open(SPACE, at_s)
+        request = node_pb2.ReserveRequest(
+            namespace_id=room.id,
+            keys=[bytes.fromhex(key)],
+            size_bytes=[int(size)],
+            deadline_ms=int(deadline_ms),
+        )
+        answer = link.call("reserve", request, at_s).reserve_response
+        segment, offset = answer.segments[0], answer.offsets[0]
+        link.map_segments({segment}, at_s)
+        place = link.place(segment, offset, int(size))
+        place[: len(place) // 2] = 0xEE
+        say(segment=segment, offset=offset)
+        sys.stdin.readline()
+        place[:] = 0xEE
+        sums = checksums_of(np.full(int(size), 0xEE, np.uint8))
+        commit = node_pb2.CommitRequest(reservation=answer.reservation, checksums=sums)
+        try:
+            sealed = link.call("commit", commit, client.deadline(None).at_s).commit_response
+            say(status=sealed.statuses[0], reason=sealed.reasons.get(0, ""))
+        except FabricError as error:
+            say(status=Status.REFUSED, reason=str(error))
+        sys.stdin.readline()
+
+
+def checksums_of(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> list[int]:
+    from kvfabric.checksums import checksums
+
+    return checksums(data.data)
+
+
+def hold(address: str, lease_ms: str, *keys: str) -> None:
+    """Views shards; for each line tells their digests; after "release" lets go."""
+    with connect(address, timeout_s=TIMEOUT_S) as client:
+        room = client.open(SPACE)
+        wanted = [Key(bytes.fromhex(key)) for key in keys]
+        with room.view(wanted, lease_s=int(lease_ms) / 1000) as views:
+            while True:
+                say(digests=[blake3(view).hexdigest() if view else "" for view in views])
+                if sys.stdin.readline().strip() == "release":
+                    break
+        say(released=True)
+        sys.stdin.readline()
+
+
+def churn(address: str, seed: str, seconds: str) -> None:
+    """Puts and gets chained shards at random, and compares every byte it gets."""
+    chance = random.Random(int(seed))
+    end_s = time.monotonic() + float(seconds)
+    counts = {"puts": 0, "hits": 0, "wrong": 0, "retries": 0}
+    say(ready=True)
+    with connect(address, timeout_s=TIMEOUT_S) as client:
+        room = client.open(SPACE)
+        while time.monotonic() < end_s:
+            chain = chance.randrange(40)
+            size = 16384 + 8192 * (chain % 3)  # of the chain: several sub-pools
+            keys = [chained(chain, number) for number in range(chance.randrange(1, 12))]
+            try:
+                work(room, chance, keys, size, counts)
+            except FabricError:
+                counts["retries"] += 1
+    say(**counts)
+
+
+def work(
+    room: Room, chance: random.Random, keys: list[Key], size: int, counts: dict[str, int]
+) -> None:
+    way = chance.randrange(4)
+    if way == 0:
+        contents = [content(key, size) for key in keys]
+        statuses = room.put(keys, contents, parents=[None, *keys[:-1]], layers=2)
+        counts["puts"] += statuses.count(Status.OK)
+    elif way == 1:
+        with room.view(keys, lease_s=5.0) as views:
+            for key, view in zip(keys, views, strict=True):
+                judge(key, size, view, counts)
+            if chance.random() < 0.05:
+                time.sleep(0.05)  # meanwhile others evict
+            for key, view in zip(keys, views, strict=True):
+                judge(key, size, view, counts)
+    else:
+        for key, copy in zip(keys, room.get(keys), strict=True):
+            judge(key, size, None if copy is None else copy.data, counts)
+
+
+def chained(chain: int, number: int) -> Key:
+    return Key(blake3(f"churn/{chain}/{number}".encode()).digest())
+
+
+def content(key: Key, size: int) -> bytes:
+    """Derived from the key, so that every reader knows it."""
+    return (key * (size // len(key)))[:size]
+
+
+def judge(key: Key, size: int, data: memoryview | None, counts: dict[str, int]) -> None:
+    if data is None:
+        return
+    counts["hits"] += 1
+    if bytes(data) != content(key, size):
+        counts["wrong"] += 1
+        say(wrong=key.hex())
+
+
+if __name__ == "__main__":
+    roles: dict[str, Callable[..., None]] = {"write": write, "hold": hold, "churn": churn}
+    roles[sys.argv[1]](*sys.argv[2:])
