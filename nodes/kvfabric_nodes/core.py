@@ -35,6 +35,7 @@ class NodeCore:
         self.sessions: dict[int, Session] = {}
         self.added: dict[tuple[NamespaceId, Key], Shard] = {}  # since the last heartbeat
         self.removed: dict[tuple[NamespaceId, Key], None] = {}
+        self.changes_lost = False  # too many: the next heartbeat must be a full report
         self.inventory_hash = 0
         self.pins = 0
         self.recycled: list[tuple[int, int]] = []  # (old, new) segments: give them fresh memory
@@ -117,8 +118,9 @@ class NodeCore:
             self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}, now_s
         )
         grants: list[Grant] = []
+        full: dict[int, Grant] = {}  # by size: where there is no room, none comes in the batch
         for index, (key, parent, size_bytes) in enumerate(zip(keys, parents, sizes, strict=True)):
-            grant = self._reserve_one(reservation, key, size_bytes, now_s)
+            grant = self._reserve_one(reservation, key, size_bytes, full, now_s)
             grants.append(grant)
             if grant.extent is not None:
                 reservation.items[index] = Item(key, parent, size_bytes, grant.extent)
@@ -129,7 +131,12 @@ class NodeCore:
         return reservation, grants
 
     def _reserve_one(
-        self, reservation: Reservation, key: Key, size_bytes: int, now_s: float
+        self,
+        reservation: Reservation,
+        key: Key,
+        size_bytes: int,
+        full: dict[int, Grant],
+        now_s: float,
     ) -> Grant:
         namespace = reservation.namespace
         if self.shards.get(namespace, key) is not None:
@@ -142,10 +149,13 @@ class NodeCore:
                 reason=f"{size_bytes} bytes do not fit into a segment of "
                 f"{self.extents.segment_bytes}; give the node larger segments or smaller shards",
             )
+        if size_bytes in full:
+            return full[size_bytes]
         tenant = reservation.session.tenant
         extent = self._find_room(tenant, size_bytes, now_s)
         if extent is None:
-            return Grant(Status.RETRY, reason=self._why_full(size_bytes))
+            full[size_bytes] = Grant(Status.RETRY, reason=self._why_full(size_bytes))
+            return full[size_bytes]
         self._reserved_bytes += extent.size_bytes
         self._writing[namespace, key] = reservation
         return Grant(Status.OK, extent)
@@ -493,12 +503,21 @@ class NodeCore:
         self.inventory_hash &= (1 << 64) - 1
         self.removed.pop((shard.namespace, shard.key), None)
         self.added[shard.namespace, shard.key] = shard
+        self._bound_changes()
 
     def _report_removed(self, shard: Shard) -> None:
         self.inventory_hash -= int.from_bytes(shard.key[:8], "little")
         self.inventory_hash &= (1 << 64) - 1
         self.added.pop((shard.namespace, shard.key), None)
         self.removed[shard.namespace, shard.key] = None
+        self._bound_changes()
+
+    def _bound_changes(self) -> None:
+        """While no manager fetches them, changes must not pile up."""
+        if len(self.added) + len(self.removed) > self.limits.changes:
+            self.added.clear()
+            self.removed.clear()
+            self.changes_lost = True
 
     def _find_room(self, tenant: str, size_bytes: int, now_s: float) -> Extent | None:
         """An extent, after evicting the coldest where there is none."""

@@ -76,6 +76,7 @@ class Limits:
     reservations: int = 1024  # per session
     leases: int = 4096  # per session
     namespaces: int = 65536  # whose tenant is remembered
+    changes: int = 50_000  # of the inventory, kept for the next heartbeat
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def test_the_warmer_tenant_keeps_its_shards(desk: Desk, other: Desk, keys: Keys)
     for number in range(12):
         desk.put(keys(number))
     other.put(keys(*range(4)))
-    desk.core.match(desk.session, desk.namespace, keys(*range(12)))
     for number in range(50, 60):
+        desk.core.match(desk.session, desk.namespace, keys(*range(12)))
         assert other.put(keys(number)) == [Status.OK]
     assert all(desk.holds(keys(*range(12))))
