@@ -21,7 +21,7 @@ import structlog
 
 from kvfabric.errors import Denied, FabricError, Refused, Retry, to_proto
 from kvfabric.rpc.v1 import wire_pb2
-from kvfabric.wire import frames
+from kvfabric.wire import frames, sockets
 from kvfabric_nodes.bulk import serve_bulk
 from kvfabric_nodes.handler import Handler
 from kvfabric_nodes.promises import Session
@@ -34,7 +34,6 @@ HELLO_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 30.0  # for the rest of a frame that has begun
 MAX_UNSENT_BYTES = 8 << 20  # answers that a client does not fetch
 MAX_WAITING_CALLS = 256  # per connection
-READ_BYTES = 1 << 18
 ACCEPT_PAUSE_S = 0.5  # after a failed accept
 MAX_MAP_SEGMENTS = 64
 
@@ -73,7 +72,7 @@ class CallConnection:
 
     def _on_readable(self) -> None:
         try:
-            data = self.sock.recv(READ_BYTES)
+            data = self.sock.recv(sockets.RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:
