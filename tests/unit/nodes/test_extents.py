@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -13,7 +14,7 @@ SEGMENT_BYTES = 64 << 10
 
 def _overlaps(extents: list[Extent]) -> bool:
     spans = sorted((e.segment, e.offset, e.offset + e.size_bytes) for e in extents)
-    return any(a[0] == b[0] and a[2] > b[1] for a, b in zip(spans, spans[1:], strict=False))
+    return any(a[0] == b[0] and a[2] > b[1] for a, b in itertools.pairwise(spans))
 
 
 def test_a_slot_is_a_shard_rounded_up_to_a_cache_line_not_to_a_power_of_two() -> None:

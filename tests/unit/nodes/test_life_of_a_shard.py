@@ -8,7 +8,8 @@ import pytest
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, Status
-from kvfabric_nodes.core import Limits, NodeCore
+from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.promises import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -287,16 +288,16 @@ def test_another_tenants_namespace_is_denied_in_every_call(
 ) -> None:
     other.put(keys(1))
     mine, theirs = desk.session, other.namespace
-    for call in (
-        lambda: core.match(mine, theirs, keys(1)),
-        lambda: core.acquire(mine, theirs, keys(1), 1, 0.0),
-        lambda: core.reserve(mine, theirs, keys(1), [None], [64], 1, 1, 0, 0.0),
-        lambda: core.pin(mine, theirs, keys(1)),
-        lambda: core.unpin(mine, theirs, keys(1), 0.0),
-        lambda: core.purge(mine, theirs, [], "", 0.0),
+    for call, *arguments in (
+        (core.match, keys(1)),
+        (core.acquire, keys(1), 1, 0.0),
+        (core.reserve, keys(1), [None], [64], 1, 1, 0, 0.0),
+        (core.pin, keys(1)),
+        (core.unpin, keys(1), 0.0),
+        (core.purge, [], "", 0.0),
     ):
         with pytest.raises(Denied, match="not open in this session"):
-            call()
+            call(mine, theirs, *arguments)
     assert other.holds(keys(1)) == [True]
 
 
