@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from blake3 import blake3
 
+from kvfabric import logs
 from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, Namespace, Status
@@ -138,4 +139,5 @@ def judge(key: Key, size: int, data: memoryview | None, counts: dict[str, int]) 
 
 if __name__ == "__main__":
     roles: dict[str, Callable[..., None]] = {"write": write, "hold": hold, "churn": churn}
+    logs.configure("error")
     roles[sys.argv[1]](*sys.argv[2:])

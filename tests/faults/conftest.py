@@ -117,8 +117,8 @@ class Process:
         return self.popen.poll() is None
 
     def close(self) -> None:
+        """Ends it at once. May be repeated."""
         if self.running():
-            self.resume()
             self.kill()
         for pipe in (self.popen.stdin, self.popen.stdout):
             assert pipe is not None
@@ -320,6 +320,9 @@ def start_node(folder: Path, processes: list[Process]) -> Iterator[Starter]:
         return node.serve()
 
     yield start
+    for process in processes:
+        if not isinstance(process, NodeProcess | ManagerProcess):
+            process.close()
     for node in nodes:
         if not node.killed:
             node.check_end()
