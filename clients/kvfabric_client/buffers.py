@@ -78,17 +78,17 @@ class Pieces:
     def store(self, place: Bytes, layers: int, *, checked: bool) -> list[int]:
         """Copies all into `place`; answers the checksums of what was copied.
 
-        The source is hashed right before it is copied: then the copy finds it in the
-        cache, and a bit that flips on the way shows.
+        What is hashed is the source, so that a bit that flips on the way shows; right
+        after its part was copied, while the cache still has it.
         """
         sums: list[int] = []
         for start, end, pieces in self._cut(layers):
-            if checked:
-                sums.append(_checksum(pieces))
             for piece in pieces:
                 np.copyto(place[start : start + len(piece)], piece)
                 start += len(piece)
             assert start == end
+            if checked:
+                sums.append(_checksum(pieces))
         return sums
 
     def load(self, place: Bytes, layers: int, expected: Sequence[int]) -> bool:
