@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from kvfabric_client.client import Room
+    from kvfabric_client.room import Room
 
 MATCH_TIMEOUT_S = 0.25  # the engine stands still meanwhile
 MATCH_FRESH_S = 0.5  # a request that waits for memory is asked about in every step
