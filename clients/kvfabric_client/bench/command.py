@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvfabric.settings import parse_size
-from kvfabric_client.bench import datapath
+from kvfabric_client.bench import datapath, engine
 from kvfabric_client.bench.plan import NAMES, SIZES, Plan
 from kvfabric_client.bench.report import size_text
 from kvfabric_client.bench.rounds import Case
@@ -18,6 +18,7 @@ from kvfabric_client.bench.rounds import Case
 DEFAULT: Final = Plan()
 
 app = typer.Typer(help="Measure the fabric on this machine, each figure beside its limit.")
+app.command("engine")(engine.command)
 
 
 @app.callback(invoke_without_command=True)
