@@ -82,7 +82,7 @@ class Pieces:
         after its part was copied, while the cache still has it.
         """
         sums: list[int] = []
-        for start, end, pieces in self._cut(layers):
+        for start, end, pieces in self.cut(layers):
             for piece in pieces:
                 np.copyto(place[start : start + len(piece)], piece)
                 start += len(piece)
@@ -94,7 +94,7 @@ class Pieces:
     def load(self, place: Bytes, layers: int, expected: Sequence[int]) -> bool:
         """Copies all from `place`; False where a checksum of what arrived is wrong."""
         intact = True
-        for number, (start, _, pieces) in enumerate(self._cut(layers or 1)):
+        for number, (start, _, pieces) in enumerate(self.cut(layers or 1)):
             for piece in pieces:
                 np.copyto(piece, place[start : start + len(piece)])
                 start += len(piece)
@@ -102,11 +102,7 @@ class Pieces:
                 intact = False
         return intact
 
-    def checksums(self, layers: int) -> list[int]:
-        """Of every layer part."""
-        return [_checksum(pieces) for _, _, pieces in self._cut(layers or 1)]
-
-    def _cut(self, layers: int) -> Iterator[tuple[int, int, list[Bytes]]]:
+    def cut(self, layers: int) -> Iterator[tuple[int, int, list[Bytes]]]:
         """(start, end, slices) of every layer part; one walk over the buffers."""
         array_index, array_start = 0, 0
         for start, end in checksums.parts(self.size_bytes, layers):
@@ -121,6 +117,24 @@ class Pieces:
                     array_start += len(array)
                     array_index += 1
             yield start, end, pieces
+
+
+class PartSums:
+    """The checksums of a shard's layer parts, each taken as soon as its bytes have passed.
+
+    The cache still has them then: at the end they would have to be read once more.
+    """
+
+    def __init__(self, pieces: Pieces, layers: int) -> None:
+        self.sums: list[int] = []
+        self._parts = pieces.cut(layers or 1)
+        self._part = next(self._parts, None)
+
+    def reach(self, end: int) -> None:
+        """The shard's bytes up to `end` have passed."""
+        while self._part is not None and self._part[1] <= end:
+            self.sums.append(_checksum(self._part[2]))
+            self._part = next(self._parts, None)
 
 
 def _checksum(pieces: list[Bytes]) -> int:

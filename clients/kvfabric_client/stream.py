@@ -9,7 +9,7 @@ from kvfabric.errors import Refused, from_proto
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric.wire import frames, sockets
-from kvfabric_client.buffers import Pieces
+from kvfabric_client.buffers import PartSums, Pieces
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.link import BulkConnection, Link
 from kvfabric_client.shm import Target
@@ -35,12 +35,14 @@ def put(
         for index, status in enumerate(answer.statuses):
             if status != Status.OK:
                 continue
-            if checked:
-                sums += sources[index].checksums(header.layers)
+            passed = PartSums(sources[index], header.layers)
             for start in range(0, sources[index].size_bytes, frames.MAX_PAYLOAD_BYTES):
-                _send_chunk(bulk, frame_id, index, start, sources[index], deadline)
-        end = node_pb2.WriteRequest(trailer=node_pb2.WriteRequest.Trailer(checksums=sums))
-        _send(bulk, wire_pb2.Frame(id=frame_id, write_request=end), deadline)
+                end = _send_chunk(bulk, frame_id, index, start, sources[index], deadline)
+                if checked:
+                    passed.reach(end)
+            sums += passed.sums
+        trailer = node_pb2.WriteRequest(trailer=node_pb2.WriteRequest.Trailer(checksums=sums))
+        _send(bulk, wire_pb2.Frame(id=frame_id, write_request=trailer), deadline)
         answer = _receive(bulk, frame_id, deadline).write_response
         return [Status(status) for status in answer.statuses], dict(answer.reasons)
 
@@ -63,34 +65,68 @@ def get(
         _send(bulk, wire_pb2.Frame(id=frame_id, read_request=request), deadline)
         answer = _receive(bulk, frame_id, deadline).read_response
         header, last = answer.header, answer.last
-        targets = [
-            target(index, size_bytes) if status == Status.OK else None
-            for index, (status, size_bytes) in enumerate(
-                zip(header.statuses, header.size_bytes, strict=True)
+        arrivals = [
+            _Arrival(target(index, size_bytes) if status == Status.OK else None, layers * checked)
+            for index, (status, size_bytes, layers) in enumerate(
+                zip(header.statuses, header.size_bytes, header.layers, strict=True)
             )
         ]
         while not last:
             frame, payload_bytes = sockets.receive_frame(bulk.sock, bulk.scratch, deadline.at_s)
             step = _checked(frame, frame_id).read_response
-            _receive_chunk(bulk, step, payload_bytes, targets[step.index], deadline)
+            arrivals[step.index].receive(bulk, step.offset, payload_bytes, deadline)
             last = step.last
-    damaged = _damaged(header, targets) if checked else []
+    damaged = _damaged(header, arrivals) if checked else []
     return [
-        Status.MISS if pieces is None or index in damaged else Status.OK
-        for index, pieces in enumerate(targets)
+        Status.OK if arrival.complete() and index not in damaged else Status.MISS
+        for index, arrival in enumerate(arrivals)
     ], damaged
 
 
-def _damaged(header: node_pb2.ReadResponse.Header, targets: Sequence[Pieces | None]) -> list[int]:
+class _Arrival:
+    """One shard on its way into its target; None: nobody wants it, and it is thrown away.
+
+    `layers` cut the parts whose checksums are taken; 0: none are.
+    """
+
+    def __init__(self, target: Pieces | None, layers: int) -> None:
+        self.target = target
+        self.filled_bytes = 0
+        self.passed = PartSums(target, layers) if target is not None and layers else None
+
+    def complete(self) -> bool:
+        return self.target is not None and self.filled_bytes == self.target.size_bytes
+
+    def receive(
+        self, bulk: BulkConnection, offset: int, payload_bytes: int, deadline: Deadline
+    ) -> None:
+        """Takes one payload in. Refused where it is not the next, or too long."""
+        if self.target is None:
+            sockets.receive_into(bulk.sock, bulk.scratch[:payload_bytes], deadline.at_s)
+            return
+        end = offset + payload_bytes
+        if offset != self.filled_bytes or end > self.target.size_bytes:
+            raise Refused(
+                f"the node sent bytes {offset} to {end} of a shard of {self.target.size_bytes}, "
+                f"of which {self.filled_bytes} are here; it does not follow the protocol"
+            )
+        for piece in self.target.slices(offset, end):
+            sockets.receive_into(bulk.sock, piece.data, deadline.at_s)
+        self.filled_bytes = end
+        if self.passed is not None:
+            self.passed.reach(end)
+
+
+def _damaged(header: node_pb2.ReadResponse.Header, arrivals: Sequence[_Arrival]) -> list[int]:
     damaged: list[int] = []
     start = 0
-    for index, pieces in enumerate(targets):
+    for index, arrival in enumerate(arrivals):
         if header.statuses[index] != Status.OK or not header.layers[index]:
             continue
         count = len(checksums.parts(header.size_bytes[index], header.layers[index]))
         expected = list(header.checksums[start : start + count])
         start += count
-        if pieces is not None and pieces.checksums(header.layers[index]) != expected:
+        if arrival.passed is not None and arrival.passed.sums != expected:
             damaged.append(index)
     return damaged
 
@@ -102,7 +138,8 @@ def _send_chunk(
     start: int,
     source: Pieces,
     deadline: Deadline,
-) -> None:
+) -> int:
+    """Sends one payload; answers where it ends."""
     end = min(start + frames.MAX_PAYLOAD_BYTES, source.size_bytes)
     frame = wire_pb2.Frame(id=frame_id)
     frame.write_request.index = index
@@ -111,24 +148,7 @@ def _send_chunk(
     for piece in source.slices(start, end):
         sockets.send(bulk.sock, head, piece.data, deadline.at_s)
         head = b""
-
-
-def _receive_chunk(
-    bulk: BulkConnection,
-    step: node_pb2.ReadResponse,
-    payload_bytes: int,
-    target: Pieces | None,
-    deadline: Deadline,
-) -> None:
-    """Takes one payload in; what nobody wants is read and thrown away."""
-    if target is None:
-        sockets.receive_into(bulk.sock, bulk.scratch[:payload_bytes], deadline.at_s)
-        return
-    end = step.offset + payload_bytes
-    if end > target.size_bytes:
-        raise Refused("the node sent more bytes than it announced")
-    for piece in target.slices(step.offset, end):
-        sockets.receive_into(bulk.sock, piece.data, deadline.at_s)
+    return end
 
 
 def _next_id(bulk: BulkConnection) -> int:
