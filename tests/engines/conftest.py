@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kvfabric.rpc.v1 import types_pb2
-from kvfabric_client.client import connect
+from kvfabric_client import connect
 
 HERE = Path(__file__).parent
 START_TIMEOUT_S = 120.0
@@ -95,9 +95,9 @@ class Engine(Child):
     def answers(self) -> list[Answer]:
         return [Answer(**answer) for answer in self.read(ANSWER_TIMEOUT_S)]
 
-    def forget(self) -> None:
-        """Drop the engine's own prefix cache, not the connector's."""
-        self.write({"forget": True})
+    def forget(self, *, connector: bool = False) -> None:
+        """Drop the engine's own prefix cache, and what the connector knows."""
+        self.write({"forget": True, "connector": connector})
         assert self.read(ANSWER_TIMEOUT_S) is True
 
     def keys(self, prompt: list[int]) -> tuple[bytes, list[list[bytes]]]:

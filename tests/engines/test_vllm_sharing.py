@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvfabric.types import Key, Namespace
-from kvfabric_client.client import connect
+from kvfabric_client import connect
 
 if TYPE_CHECKING:
     from tests.engines.conftest import Engine, MemoryNode
@@ -41,6 +41,10 @@ def test_a_fresh_engine_loads_what_another_has_computed(
     second.forget()
     (longer,) = second.ask(prompts[0] + computed[0].tokens)
     assert longer.cached == 1024
+
+    # A reset of the connector tells of weights changed in place: nothing is shared any more.
+    second.forget(connector=True)
+    assert [answer.cached for answer in second.ask(*prompts)] == [0, 0, 0, 0]
     second.stop()
 
     changed = start_engine(node.home, model=other_weights)

@@ -59,7 +59,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("forget"):
-            answer(engine.reset_prefix_cache())
+            answer(engine.reset_prefix_cache(reset_connector=request["connector"]))
         elif request.get("digest"):
             answer(digest())
         elif "keys" in request:

@@ -80,7 +80,7 @@ def main(model: str, other: str) -> None:
         },
         "packings": {
             str(dtype).removeprefix("torch."): [
-                packing(dtype, 32, 32, "auto"),
+                packing(dtype, dtype, 32, 32),
                 _packed_plainly(dtype),
             ]
             for dtype in (torch.float32, torch.float16, torch.bfloat16)

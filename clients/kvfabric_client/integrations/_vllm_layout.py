@@ -136,20 +136,33 @@ def shape_of(config: VllmConfig, kv_cache: KVCacheConfig) -> Shape:
         ranks=ranks,
         dtype=str(spec.dtype).removeprefix("torch."),
         packing=packing(
-            spec.dtype, spec.block_size, spec.head_size, config.cache_config.cache_dtype
+            model.dtype,
+            spec.dtype,
+            spec.block_size,
+            spec.head_size,
+            config.cache_config.cache_dtype,
         ),
     )
 
 
-def packing(dtype: torch.dtype, block_tokens: int, head_dim: int, cache_dtype: str) -> str:
-    """The name of what the CPU backend of this vLLM on this processor makes of a block."""
+def packing(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    block_tokens: int,
+    head_dim: int,
+    cache_name: str = "auto",
+) -> str:
+    """The name of what the CPU backend of this vLLM on this processor makes of a block.
+
+    `dtype` is the model's, `cache_dtype` what is kept, `cache_name` vLLM's setting for it.
+    """
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    isa = _get_attn_isa(dtype, block_tokens, head_dim, cache_dtype)
+    isa = _get_attn_isa(dtype, block_tokens, head_dim, cache_name)
     known = KNOWN_PACKINGS.get(isa)
-    if known and vllm.__version__.startswith(KNOWN_VERSIONS):
+    if known and dtype == cache_dtype and vllm.__version__.startswith(KNOWN_VERSIONS):
         return known
-    return f"vllm-{vllm.__version__}-cpu-{isa}-{dtype}-{block_tokens}x{head_dim}-{cache_dtype}"
+    return f"vllm-{vllm.__version__}-cpu-{isa}-{dtype}-{cache_name}-{block_tokens}x{head_dim}"
 
 
 class BlockMemory:

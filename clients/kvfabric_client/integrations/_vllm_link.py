@@ -14,8 +14,7 @@ from typing import TypeVar
 from kvfabric.clock import Clock, SystemClock
 from kvfabric.errors import FabricError
 from kvfabric.types import Namespace
-from kvfabric_client.client import Client, connect
-from kvfabric_client.room import Room
+from kvfabric_client import Client, Room, connect
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0

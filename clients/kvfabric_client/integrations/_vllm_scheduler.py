@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from kvfabric_client.room import Room
+    from kvfabric_client import Room
 
 MATCH_TIMEOUT_S = 0.25  # the engine stands still meanwhile
 MATCH_FRESH_S = 0.5  # a request that waits for memory is asked about in every step
@@ -159,7 +159,7 @@ def _held_by_all(room: Room, chains: list[list[Key]]) -> int:
     held = len(chains[0])
     for keys in chains:
         if held:
-            held = min(held, room.match(keys[:held]).matched)
+            held = min(held, room.match(keys[:held], timeout_s=MATCH_TIMEOUT_S).matched)
     return held
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from kvfabric.keys import namespace_id
 from kvfabric.types import Key, Status
+from kvfabric_client import Room
 from kvfabric_client.integrations._vllm_layout import BlockMemory, Bytes, Shape
 from kvfabric_client.integrations._vllm_link import Door, Link, log
 from kvfabric_client.integrations._vllm_messages import Blocks, Load, StepJobs
-from kvfabric_client.room import Room
 
 CONNECT_TIMEOUT_S = 1.0
 SAVE_BATCH = 16  # shards a call
