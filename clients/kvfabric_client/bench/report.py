@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvfabric.errors import Refused
@@ -104,11 +105,11 @@ class Report:
 
         A speed's target is of its ratio to the limit, a time's of what it is over it.
         """
-        table = Table(title=self.title)
+        table = Table(title=self.title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         table.add_column("name", no_wrap=True)
         for column in ("size", "value", "limit", "ratio", "over", "target"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("met")
+        table.add_column("met", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
         return table

@@ -58,15 +58,18 @@ def test_the_json_has_the_shape_of_every_bench() -> None:
 
 def test_the_table_shows_the_target_beside_the_ratio() -> None:
     out = io.StringIO()
-    rows = [PUT, SLOW_VIEW]
+    longest = Row("shm_get_unchecked", 256 << 10, 10.123, "GB/s", 10.123, AtLeast(0.85))
+    rows = [PUT, SLOW_VIEW, longest]
     Console(file=out, width=80).print(Report("data path", rows, {}).table())
-    put, view = (line for line in out.getvalue().splitlines() if "shm_" in line)
+    put, view, wide = (line for line in out.getvalue().splitlines() if "shm_" in line)
     assert "1 MiB" in put
     assert ">= 0.50" in put
     assert "yes" in put
     assert "+40.5" in view
     assert "over <= 40" in view
     assert "no" in view
+    assert " ".join(wide.split()).endswith("10.12 GB/s 10.12 1.00 >= 0.85 yes")
+    assert "shm_get_unchecked" in wide
 
 
 def test_a_limit_of_nothing_is_refused() -> None:
