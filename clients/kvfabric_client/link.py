@@ -1,8 +1,9 @@
 """A session with one node: its connections, the segments it maps, its open namespaces.
 
-A link lives as long as its first connection. The node takes nothing back before that
-connection closes, and it closes at once when the node dies: `alive()` after a copy out
-of shared memory proves that the bytes were not used for anything else meanwhile.
+A link lives as long as its first connection, which carries no calls, so that no failed
+call can cost it. The node takes nothing back before that connection closes, and it closes
+at once when the node dies: `alive()` after a copy out of shared memory proves that the
+bytes were not used for anything else meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from kvfabric import __version__
-from kvfabric.errors import FabricError, Refused, Unreachable
+from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Unreachable
 from kvfabric.keys import namespace_id
 from kvfabric.memory import populate
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
@@ -34,7 +35,6 @@ MAX_BULK_CONNECTIONS = 4
 RELEASE_S = 0.005  # how late a lease that was given back may reach an otherwise idle node
 RELEASE_LOOKS = 100
 RELEASE_TIMEOUT_S = 1.0
-WAIT_FOR_CONNECTION_S = 60.0  # beyond any deadline that a caller sets; deadlines come first
 
 POPULATE_STEP_BYTES = 4 << 20
 POPULATE_S = 0.05  # per segment; where the node is still faulting its memory in, it takes longer
@@ -70,8 +70,8 @@ class Link:
         except BaseException:
             self._owner.close()
             raise
-        self._calls = [self._owner]
-        self._call_count = 1
+        self._calls: list[Connection] = []
+        self._call_count = 0
         self._bulks: list[BulkConnection] = []
         self._bulk_count = 0
         self.shares_memory = "shm" in self.hello.features and not bulk_only
@@ -91,6 +91,7 @@ class Link:
                 connection.close()
             for bulk in self._bulks:
                 bulk.close()
+            self._returned.notify_all()
         self._release_soon.set()
         if self._releaser is not None and self._releaser is not threading.current_thread():
             self._releaser.join()
@@ -109,31 +110,56 @@ class Link:
         try:
             yield connection
         finally:
+            self._undo_late(connection)
             with self._lock:
-                if connection.closed:
+                if connection.closed or self._owner.closed:
+                    connection.close()
                     self._call_count -= 1
                 else:
                     self._calls.append(connection)
                 self._returned.notify()
 
+    def _undo_late(self, connection: Connection) -> None:
+        """Gives back what was granted after its caller had given up: nobody knows of it."""
+        late, connection.late = connection.late, []
+        for frame in late:
+            if frame.acquire_response.lease:
+                self.release(frame.acquire_response.lease)
+            if frame.reserve_response.reservation and not connection.closed:
+                abort = node_pb2.AbortRequest(reservation=frame.reserve_response.reservation)
+                with contextlib.suppress(FabricError):
+                    connection.tell("abort", abort, time.monotonic() + RELEASE_TIMEOUT_S)
+
     def _borrow(self, deadline_s: float) -> Connection:
         with self._lock:
-            while not self._calls:
+            while True:
                 if self._owner.closed:
                     raise Unreachable(f"the session with {self.address} has ended")
-                if self._call_count < MAX_CALL_CONNECTIONS:
+                if self._calls:
+                    connection = self._calls.pop()
+                    if connection.alive():
+                        return connection
+                    connection.close()
+                    self._call_count -= 1
+                elif self._call_count < MAX_CALL_CONNECTIONS:
                     self._call_count += 1
                     break
-                if not self._returned.wait(WAIT_FOR_CONNECTION_S):
-                    raise Unreachable(f"no connection to {self.address} became free")
-            else:
-                return self._calls.pop()
+                else:
+                    self._wait_for_connection(deadline_s)
         try:
             return self._join(deadline_s)
         except BaseException:
             with self._lock:
                 self._call_count -= 1
+                self._returned.notify()
             raise
+
+    def _wait_for_connection(self, deadline_s: float) -> None:
+        """Waits for one that another thread has borrowed."""
+        if not self._returned.wait(max(0.0, deadline_s - time.monotonic())):
+            raise DeadlineExceeded(
+                f"every connection to {self.address} was in use until the deadline of this call"
+            )
 
     def _join(self, deadline_s: float, *features: str) -> Connection:
         connection = Connection(self.address, deadline_s, self._released)
@@ -260,8 +286,7 @@ class Link:
         """Borrows a connection for one transfer; after a failure it is not used again."""
         with self._lock:
             while not self._bulks and self._bulk_count >= MAX_BULK_CONNECTIONS:
-                if not self._returned.wait(WAIT_FOR_CONNECTION_S):
-                    raise Unreachable(f"no connection to {self.address} became free")
+                self._wait_for_connection(deadline_s)
             bulk = self._bulks.pop() if self._bulks else None
             self._bulk_count += bulk is None
         try:
@@ -277,7 +302,11 @@ class Link:
                 self._returned.notify()
             raise
         with self._lock:
-            self._bulks.append(bulk)
+            if self._owner.closed:
+                bulk.close()
+                self._bulk_count -= 1
+            else:
+                self._bulks.append(bulk)
             self._returned.notify()
 
 

@@ -1,12 +1,14 @@
 """The calling end of one connection, used by one thread at a time.
 
 An answer that comes after its caller gave up is recognised by its id and thrown away,
-so a late answer does not cost the connection, nor the session that it carries.
+so a late answer does not cost the connection, nor the session that it carries. What it
+grants must still be given back: see `late`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections import deque
 from typing import Protocol, cast
@@ -18,6 +20,7 @@ from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames, sockets
 
 MAX_DESCRIPTORS = 64  # per message
+MAX_RELEASED = 1024  # leases, per request
 
 
 class _Body(Protocol):
@@ -32,6 +35,7 @@ class Connection:
         self.address = address
         self.kind = address.partition(":")[0]
         self.retired: list[int] = []  # segments that the node wants back
+        self.late: list[wire_pb2.Frame] = []  # answers that came after their callers gave up
         self._sock = sockets.connect(address, deadline_s)
         self._released = deque() if released is None else released
         self._inbox = frames.Inbox()
@@ -53,19 +57,31 @@ class Connection:
 
     def finish(self, frame_id: int, deadline_s: float) -> wire_pb2.Frame:
         """The answer to one `begin`."""
-        return self._await(frame_id, deadline_s)[0]
+        return self._await(frame_id, deadline_s)
 
     def forget(self, frame_id: int) -> None:
         """Nobody will fetch this answer."""
         self._awaited.discard(frame_id)
-        self._arrived.pop(frame_id, None)
+        arrived = self._arrived.pop(frame_id, None)
+        if arrived is not None:
+            self.late.append(arrived)
 
     def call_for_descriptors(
         self, name: str, request: Message, deadline_s: float
     ) -> tuple[wire_pb2.Frame, list[int]]:
-        """A call whose answer brings file descriptors, which become the caller's."""
-        frame_id = self.begin(name, request, deadline_s)
-        return self._await(frame_id, deadline_s, MAX_DESCRIPTORS)
+        """A call whose answer brings file descriptors, which become the caller's.
+
+        Where it fails the connection is closed, for the descriptors may still come.
+        """
+        descriptors: list[int] = []
+        try:
+            frame_id = self.begin(name, request, deadline_s)
+            return self._await(frame_id, deadline_s, descriptors), descriptors
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.close()
+            raise
 
     def tell(self, name: str, request: Message, deadline_s: float) -> None:
         """Sends a request that wants no answer."""
@@ -85,12 +101,12 @@ class Connection:
         return self._sock
 
     def _await(
-        self, frame_id: int, deadline_s: float, most_descriptors: int = 0
-    ) -> tuple[wire_pb2.Frame, list[int]]:
-        descriptors: list[int] = []
+        self, frame_id: int, deadline_s: float, descriptors: list[int] | None = None
+    ) -> wire_pb2.Frame:
+        """`descriptors`: where those that come meanwhile go; None: none are awaited."""
         try:
             while not self._arrived.keys() & {frame_id, 0}:
-                descriptors += self._receive(most_descriptors, deadline_s)
+                self._receive(descriptors, deadline_s)
         except DeadlineExceeded:
             self.forget(frame_id)
             raise
@@ -99,40 +115,49 @@ class Connection:
         self._awaited.discard(frame_id)
         if frame.WhichOneof("body") == "error":
             raise from_proto(frame.error)
-        return frame, descriptors
+        return frame
 
-    def _receive(self, most_descriptors: int, deadline_s: float) -> list[int]:
-        """Takes in what has arrived; answers the descriptors beside it."""
-        descriptors: list[int] = []
+    def _receive(self, descriptors: list[int] | None, deadline_s: float) -> None:
+        """Takes in what has arrived."""
         try:
-            if most_descriptors:
-                data, descriptors = sockets.receive_with_descriptors(
-                    self._sock, most_descriptors, deadline_s
-                )
-            else:
+            if descriptors is None:
                 data = sockets.receive_some(self._sock, deadline_s)
+            else:
+                data, more = sockets.receive_with_descriptors(
+                    self._sock, MAX_DESCRIPTORS, deadline_s
+                )
+                descriptors += more
             for frame in self._inbox.feed(data):
                 self.retired.extend(frame.retired_segments)
                 if frame.id in self._awaited or not frame.id:
                     self._arrived[frame.id] = frame
+                else:
+                    self.late.append(frame)
         except (Unreachable, Refused):
             self.close()
             raise
-        return descriptors
 
     def _send(self, name: str, request: Message, deadline_s: float, *, answered: bool) -> int:
         frame = wire_pb2.Frame(id=self._next_id if answered else 0)
         self._next_id += 1
         cast(_Body, getattr(frame, f"{name}_request")).CopyFrom(request)
-        with contextlib.suppress(IndexError):
-            while True:
-                frame.released_leases.append(self._released.popleft())
-        head = frames.pack(frame)
-        if answered:
-            self._awaited.add(frame.id)
+        if name != "hello":  # only a session that is there can take leases back
+            with contextlib.suppress(IndexError):
+                while len(frame.released_leases) < MAX_RELEASED:
+                    frame.released_leases.append(self._released.popleft())
+        try:
+            head = frames.pack(frame)
+            if answered:
+                self._awaited.add(frame.id)
+            self._send_all(head, deadline_s)
+        except FabricError:
+            self._released.extend(frame.released_leases)
+            raise
+        return frame.id
+
+    def _send_all(self, head: bytes, deadline_s: float) -> None:
         try:
             sockets.send_all(self._sock, memoryview(head), deadline_s)
         except FabricError:
             self.close()  # half a frame may be out
             raise
-        return frame.id
