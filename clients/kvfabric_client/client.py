@@ -34,6 +34,7 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.5  # better a miss than a late answer
 LISTED_S = 1.0  # how long a listing of this host's nodes is trusted
+CLOSE_TIMEOUT_S = 60.0  # for calls in other threads to end
 AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
 
 
@@ -84,6 +85,8 @@ class Client:
         self._principal = f"{tenant}/{principal}" if principal else tenant
         self._token = token.encode()
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._calls = 0  # under way
         self._links: dict[str, Link] = {}  # by address
         self._avoid: dict[str, float] = {}  # until when, by address
         self._addresses: list[str] = []
@@ -129,8 +132,15 @@ class Client:
             return self._manager
 
     def close(self) -> None:
-        """Ends all sessions. Views that are still open must not be used any more."""
-        self._closed = True
+        """Ends all sessions, once the calls under way in other threads have ended: before that
+        they may be filling memory that a node takes back with the session. Views that are
+        still open must not be used any more.
+        """
+        with self._lock:
+            self._closed = True
+            if not self._idle.wait_for(lambda: not self._calls, CLOSE_TIMEOUT_S):
+                log.error("calls_do_not_end", count=self._calls, effect="their sessions stay open")
+                return
         self.copiers.shutdown()
         with self._lock:
             for link in self._links.values():
@@ -169,12 +179,19 @@ class Client:
 
     def at(self, address: str, call: Callable[[Link], T], deadline: Deadline) -> T:
         """Runs `call` with the node at `address`; remembers when it does not answer."""
+        with self._lock:
+            if self._closed:
+                raise Refused("this client is closed; connect again")
+            self._calls += 1
         try:
-            link = self._link(address, deadline)
-            result = call(link)
-        except (Unreachable, DeadlineExceeded) as error:
-            self._give_up(address, dead=isinstance(error, Unreachable))
+            result = call(self._link(address, deadline))
+        except (Unreachable, DeadlineExceeded):
+            self._avoid[address] = time.monotonic() + AVOID_S
             raise
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._idle.notify_all()
         self._avoid.pop(address, None)
         return result
 
@@ -214,8 +231,6 @@ class Client:
         return sorted(self._addresses, key=lambda a: self._avoid.get(a, 0.0) > now_s)
 
     def _link(self, address: str, deadline: Deadline) -> Link:
-        if self._closed:
-            raise Refused("this client is closed; connect again")
         with self._lock:
             link = self._links.get(address)
         if link is not None and link.alive():
@@ -228,14 +243,5 @@ class Client:
                 return current
             self._links[address] = fresh
         if link is not None:
-            link.close()
+            link.close()  # the node had ended it already
         return fresh
-
-    def _give_up(self, address: str, *, dead: bool) -> None:
-        self._avoid[address] = time.monotonic() + AVOID_S
-        if not dead:
-            return
-        with self._lock:
-            link = self._links.pop(address, None)
-        if link is not None:
-            link.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
-from kvfabric.errors import DeadlineExceeded
+from kvfabric.errors import DeadlineExceeded, Refused
 
 CLEANUP_S = 1.0
+MAX_TIMEOUT_S = 86400.0
+MAX_DURATION_S = 30 * 86400.0  # longer ones do not fit a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,10 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float) -> Deadline:
-        return cls(time.monotonic() + timeout_s)
+        """Refused where it is no duration; more than a day is a day."""
+        if not timeout_s >= 0:
+            raise Refused(f"a timeout of {timeout_s} s; give seconds, at least 0")
+        return cls(time.monotonic() + min(timeout_s, MAX_TIMEOUT_S))
 
     def left_s(self) -> float:
         return max(0.001, self.at_s - time.monotonic())
@@ -31,3 +37,10 @@ class Deadline:
     def extended(self) -> Deadline:
         """For letting go of what was taken, which must happen even after the deadline."""
         return Deadline(max(self.at_s, time.monotonic() + CLEANUP_S))
+
+
+def milliseconds(duration_s: float) -> int:
+    """A duration for a message, where 0 has a meaning of its own: rounded up, at most a month."""
+    if not duration_s >= 0:
+        raise Refused(f"a duration of {duration_s} s; give seconds, at least 0")
+    return math.ceil(min(duration_s, MAX_DURATION_S) * 1000)

@@ -16,7 +16,7 @@ from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status, Tier
 from kvfabric_client import shm, stream
 from kvfabric_client.buffers import Bytes, Pieces
-from kvfabric_client.deadline import Deadline
+from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ class Room:
             "parents": [parent or b"" for parent in parents or ()],
             "size_bytes": [source.size_bytes for source in sources],
             "layers": layers,
-            "ttl_ms": int(ttl_s * 1000),
+            "ttl_ms": milliseconds(ttl_s),
         }
 
         def store(link: Link) -> tuple[list[Status], dict[int, str]]:
             link.open(self.namespace, deadline.at_s)
-            header["deadline_ms"] = int(deadline.left_s() * 1000)
+            header["deadline_ms"] = milliseconds(deadline.left_s())
             checked = self.client.checksums
             if link.shares_memory:
                 request = node_pb2.ReserveRequest(**header)
@@ -305,7 +305,7 @@ class View:
     def renew(self, lease_s: float = 30.0) -> None:
         """Prolongs the lease. Refused where it has expired, Unreachable where the node died."""
         if self._lease:
-            request = node_pb2.RenewRequest(lease=self._lease, lease_ms=int(lease_s * 1000))
+            request = node_pb2.RenewRequest(lease=self._lease, lease_ms=milliseconds(lease_s))
             answer = self._link.call("renew", request, self._client.deadline(None).at_s)
             self.lease_s = answer.renew_response.lease_ms / 1000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvfabric.checksums import parts
-from kvfabric.errors import DeadlineExceeded, Unreachable
+from kvfabric.errors import FabricError, Unreachable
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric.wire.connection import Connection
 from kvfabric_client.buffers import Bytes, Pieces
-from kvfabric_client.deadline import Deadline
+from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 
 # Commits go out while later shards are still being copied: the node verifies meanwhile.
@@ -76,10 +77,11 @@ def put(
                 writer.finish(statuses, reasons)
             finally:
                 writer.forget()
-    except DeadlineExceeded:
+    except BaseException:  # no thread of ours writes any more: `_split` has waited for them
         abort = node_pb2.AbortRequest(reservation=answer.reservation)
-        with link.connection(deadline.at_s) as connection:
-            connection.tell("abort", abort, deadline.extended().at_s)
+        until_s = deadline.extended().at_s
+        with contextlib.suppress(FabricError), link.connection(until_s) as connection:
+            connection.tell("abort", abort, until_s)
         raise
     return statuses, reasons
 
@@ -155,7 +157,7 @@ def acquire(
     request = node_pb2.AcquireRequest(
         namespace_id=namespace,
         keys=keys,
-        lease_ms=int(lease_s * 1000),
+        lease_ms=milliseconds(lease_s),
         without_checksums=not checked,
     )
     with link.connection(deadline.at_s) as connection:
@@ -164,7 +166,11 @@ def acquire(
     if not answer.lease:
         return Held(0, [None] * len(keys), (), (), 0.0)
     segments = list(answer.segments)
-    link.map_segments({segment for segment in segments if segment}, deadline.at_s)
+    try:
+        link.map_segments({segment for segment in segments if segment}, deadline.at_s)
+    except BaseException:
+        link.release(answer.lease)
+        raise
     return Held(
         answer.lease,
         [
@@ -244,7 +250,11 @@ def _split(
     other = copiers.submit(work, jobs[half:])
     try:
         work(jobs[:half])
-    finally:
-        error = other.exception()  # waits: no thread may touch the buffers after we return
-    if error is not None:
-        raise error
+    except BaseException:
+        if not other.cancel():
+            other.exception()  # waits: no thread may touch the buffers after we return
+        raise
+    if other.cancel():  # it has not begun: the other thread is busy with somebody else's jobs
+        work(jobs[half:])
+    else:
+        other.result()

@@ -10,7 +10,7 @@ from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric.wire import frames, sockets
 from kvfabric_client.buffers import PartSums, Pieces
-from kvfabric_client.deadline import Deadline
+from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import BulkConnection, Link
 from kvfabric_client.shm import Target
 
@@ -58,7 +58,7 @@ def get(
 ) -> tuple[list[Status], list[int]]:
     """Reads shards into their targets: (status per key, indices whose bytes were damaged)."""
     request = node_pb2.ReadRequest(
-        namespace_id=namespace, keys=keys, deadline_ms=int(deadline.left_s() * 1000)
+        namespace_id=namespace, keys=keys, deadline_ms=milliseconds(deadline.left_s())
     )
     with link.bulk(deadline.at_s) as bulk:
         frame_id = _next_id(bulk)
