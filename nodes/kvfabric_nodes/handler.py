@@ -186,6 +186,7 @@ class Handler:
         request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
     ) -> tuple[Reservation | None, list[Grant]]:
         keys = checked_keys(request.keys)
+        checked_keys([parent for parent in request.parents if parent])
         parents: list[Key | None] = [Key(p) if p else None for p in request.parents]
         sizes = list(request.size_bytes)
         if len(sizes) == 1:
