@@ -1,9 +1,18 @@
-"""The SDK of kvfabric: `connect()` gives a `Client`, `Client.open()` a `Room` to put and get in."""
+"""The SDK of kvfabric: `connect()` gives a `Client`, `Client.open()` a `Room` to put and get in.
 
-from kvfabric_client.aio import AsyncClient, AsyncRoom
-from kvfabric_client.aio import connect as connect_async
-from kvfabric_client.client import Client, connect
-from kvfabric_client.room import Match, Room, Run, View
+Names are imported when they are first used, so that `kvfabric --help` waits for none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvfabric_client.aio import AsyncClient, AsyncRoom
+    from kvfabric_client.aio import connect as connect_async
+    from kvfabric_client.client import Client, connect
+    from kvfabric_client.room import Match, Room, Run, View
 
 __all__ = [
     "AsyncClient",
@@ -16,3 +25,23 @@ __all__ = [
     "connect",
     "connect_async",
 ]
+
+_HOMES = {
+    "AsyncClient": "aio",
+    "AsyncRoom": "aio",
+    "Client": "client",
+    "Match": "room",
+    "Room": "room",
+    "Run": "room",
+    "View": "room",
+    "connect": "client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module, name_there = ("aio", "connect") if name == "connect_async" else (_HOMES.get(name), name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name_there)
+    globals()[name] = value
+    return value

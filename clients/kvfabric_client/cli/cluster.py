@@ -48,6 +48,7 @@ def up(
         memory_bytes = parse_size(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from error
+    signal.signal(signal.SIGTERM, _interrupt)  # a service manager's way to say Ctrl-C
     folder = make_runtime_dir(chosen_runtime_dir(runtime_dir))
     out = console()
     with out.status("starting") as spinner:
@@ -86,16 +87,16 @@ def up(
         _hold(started, folder, report=lambda text: None)
 
 
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def _hold(started: Up, folder: Path, report: Report) -> None:
     """Waits for Ctrl-C, or for the end of the fabric, and leaves nothing of it."""
     from kvfabric import errors
     from kvfabric.cluster import deploy
 
-    def interrupt(_number: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
     status = None
-    signal.signal(signal.SIGTERM, interrupt)  # as a service manager ends it
     try:
         status = started.wait()
     except KeyboardInterrupt:

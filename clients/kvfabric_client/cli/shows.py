@@ -32,4 +32,8 @@ def bench(context: typer.Context) -> None:
 def _hand_on(module: str, context: typer.Context) -> None:
     app: typer.Typer = importlib.import_module(module).app
     command = typer.main.get_command(app)
-    command.main(list(context.args), prog_name=context.command_path, standalone_mode=False)
+    arguments = list(context.args)
+    # Not standalone: errors go on to our own caller, and an Exit comes back as its number.
+    status = command.main(arguments, prog_name=context.command_path, standalone_mode=False)
+    if isinstance(status, int) and status:
+        raise typer.Exit(status)

@@ -131,7 +131,10 @@ def status(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
         nodes = local_nodes(folder)
         if not nodes:
             raise errors.Unreachable(
-                trouble or f"no fabric runs here ({folder}): `kvfabric up` starts one"
+                f"{trouble}; and no node answers here: wait for Ray to restart them, else "
+                "`kvfabric down` and `kvfabric up`"
+                if trouble
+                else f"no fabric runs here ({folder}): `kvfabric up` starts one"
             )
     if as_json:
         print_json({"manager": manager, "nodes": [asdict(node) for node in nodes]})
@@ -186,23 +189,19 @@ def _show(manager: dict[str, object], nodes: list[NodeView], trouble: str) -> No
         )
     elif trouble:
         out.print(f"[yellow]{trouble}[/yellow]")
-    right = ("held", "of", "fill", "shards", "hits", "leases", "pins")
+    right = ("held", "of", "fill", "shards", "hits")
     rows = table("node", "state", "tier", *right, right=right)
     for node in nodes:
-        of_node = (_state(node), _percent(node.hit_rate), str(node.leases), str(node.pins))
         for index, tier in enumerate(node.tiers):
-            state, hits, leases, pins = of_node if index == 0 else ("", "", "", "")
-            rows.add_row(
+            rows.add_row(  # what is the node's, beside its first tier only
                 "" if index else node.name,
-                state,
+                "" if index else _state(node),
                 tier.tier,
                 size(tier.held_bytes),
                 size(tier.capacity_bytes),
                 f"{tier.fill:.0%}",
                 f"{tier.shards:,}",
-                hits,
-                leases,
-                pins,
+                "" if index else _percent(node.hit_rate),
             )
     out.print(rows)
 

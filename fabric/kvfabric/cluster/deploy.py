@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -87,17 +87,20 @@ def up_local(
             manager_port=manager_port,
             attached=attached,
         )
-        # Before anything starts, so that a `down` after a crash knows what to end.
-        record.write(runtime_dir, record.Fabric(manager="", ray="", mark=mark, scratch=scratch))
-        launcher = _launch(plan, runtime_dir, _ray_environment(runtime_dir, mark), attached)
+        started = record.Fabric(manager="", ray="", mark=mark, scratch=scratch)
+        record.write(runtime_dir, started)  # first, so that a `down` after a crash has the mark
+        environment = _ray_environment(runtime_dir, mark)
+        launcher = _launch(plan, runtime_dir, environment, attached=attached)
         try:
+            itself = processes.of(launcher.pid)
+            started = replace(started, processes=(itself,) if itself else ())
+            record.write(runtime_dir, started)
             _follow(launcher, runtime_dir, report)
         except BaseException:
-            _end_local(runtime_dir, mark, scratch)
+            _end_local(runtime_dir, started)
+            launcher.wait()
             raise
-    fabric = record.read(runtime_dir)
-    assert fabric is not None
-    return Up(fabric, launcher if attached else None)
+    return Up(_recorded(runtime_dir), launcher if attached else None)
 
 
 def up_joined(
@@ -124,10 +127,8 @@ def up_joined(
             memory_bytes=memory_bytes,
             manager_port=manager_port,
         )
-        _follow(_launch(plan, runtime_dir, dict(os.environ), False), runtime_dir, report)
-    fabric = record.read(runtime_dir)
-    assert fabric is not None
-    return Up(fabric, None)
+        _visit(plan, runtime_dir, report)
+    return Up(_recorded(runtime_dir), None)
 
 
 def down(runtime_dir: Path, report: Report) -> Down:
@@ -142,10 +143,9 @@ def down(runtime_dir: Path, report: Report) -> Down:
         if fabric is None:
             return Down(found=False)
         if fabric.mark:
-            return Down(found=True, killed=_end_local(runtime_dir, fabric.mark, fabric.scratch))
-        launcher = _launch(LeavePlan(fabric.ray), runtime_dir, dict(os.environ), False)
-        _follow(launcher, runtime_dir, report)
-        record.remove(runtime_dir)
+            return Down(found=True, killed=_end_local(runtime_dir, fabric))
+        _visit(LeavePlan(fabric.ray), runtime_dir, report)
+        _clean(runtime_dir)
         return Down(found=True)
 
 
@@ -180,6 +180,12 @@ def _refuse_second(runtime_dir: Path) -> None:
     _clean(runtime_dir, fabric.scratch)  # the machine was restarted, or everything was killed
 
 
+def _recorded(runtime_dir: Path) -> record.Fabric:
+    fabric = record.read(runtime_dir)
+    assert fabric is not None  # the launcher wrote it before it said that it is ready
+    return fabric
+
+
 def _ray_environment(runtime_dir: Path, mark: str) -> dict[str, str]:
     """What the launcher, and all that it starts, find in their environment.
 
@@ -205,7 +211,7 @@ def _ray_environment(runtime_dir: Path, mark: str) -> dict[str, str]:
 
 
 def _launch(
-    plan: Plan, runtime_dir: Path, environment: dict[str, str], attached: bool
+    plan: Plan, runtime_dir: Path, environment: dict[str, str], *, attached: bool
 ) -> subprocess.Popen[str]:
     with (runtime_dir / LOG_NAME).open("w") as log:
         return subprocess.Popen(
@@ -246,25 +252,38 @@ def _lines(stream: IO[str], silence_s: float) -> Iterator[str]:
     raise errors.DeadlineExceeded(f"no progress for {silence_s:g} s")
 
 
-def _end_local(runtime_dir: Path, mark: str, scratch: str) -> int:
-    """Ends all processes with that mark and removes what they left; says how many were killed."""
-    for launcher in processes.marked(mark)[:1]:  # the oldest: the others descend from it
-        processes.signal_one(launcher, mark, signal.SIGTERM)
-        processes.wait(launcher, time.monotonic() + DOWN_DEADLINE_S)
+def _visit(plan: JoinPlan | LeavePlan, runtime_dir: Path, report: Report) -> None:
+    """A launcher that does its work in a Ray of others, and ends."""
+    launcher = _launch(plan, runtime_dir, dict(os.environ), attached=False)
+    try:
+        _follow(launcher, runtime_dir, report)
+        launcher.wait(DOWN_DEADLINE_S)
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+def _end_local(runtime_dir: Path, fabric: record.Fabric) -> int:
+    """Ends all processes of that `up` and removes what they left; says how many were killed."""
+    mark = fabric.mark
+    for launcher in fabric.processes[:1]:
+        if processes.signal_one(launcher, mark, signal.SIGTERM):
+            processes.wait(launcher, time.monotonic() + DOWN_DEADLINE_S)
     killed, rest = processes.end(mark, grace_s=GRACE_S, kill_s=KILL_S)
     if rest:
         raise errors.Broken(
             f"processes {[process.pid for process in rest]} do not end, not even killed: they "
             "wait in the kernel (see /proc/PID/stack); run `kvfabric down` again when they are gone"
         )
-    _clean(runtime_dir, scratch)
+    _clean(runtime_dir, fabric.scratch)
     return killed
 
 
-def _clean(runtime_dir: Path, scratch: str) -> None:
+def _clean(runtime_dir: Path, scratch: str = "") -> None:
     for path in (*stale_sockets(runtime_dir), *runtime_dir.glob("*.ports")):
         path.unlink(missing_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     (runtime_dir / TOKEN_NAME).unlink(missing_ok=True)
     record.remove(runtime_dir)
 

@@ -44,7 +44,7 @@ from ray._private.parameter import RayParams
 from kvfabric import errors, logs
 from kvfabric.cluster import record
 from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan, Plan, from_json
-from kvfabric.cluster.processes import marked, this_process
+from kvfabric.cluster.processes import Process, marked
 from kvfabric.manager.actor import ManagerActor, NodePlan
 from kvfabric.manager.fleet import (
     ACTOR_CALL_RETRIES,
@@ -158,14 +158,13 @@ def run_local(plan: LocalPlan, progress: Progress) -> None:
         manager = start_manager(settings, NodePlan(listen, plan.memory_bytes, plan.runtime_dir))
         progress.step("starting the rManagers")
         names = await_nodes(manager, listen, plan.nodes)
-        launcher = this_process()
         fabric = record.Fabric(
             manager=listen,
             ray=local.address,
             mark=plan.mark,
             scratch=plan.scratch,
             nodes=tuple(names),
-            processes=(launcher, *(p for p in marked(plan.mark) if p != launcher)),
+            processes=_launcher_first(marked(plan.mark)),
         )
         record.write(Path(plan.runtime_dir), fabric)
         progress.ready(fabric)
@@ -306,6 +305,10 @@ def watch(local: LocalRay, *, attached: bool) -> None:
         if select.select(watched, [], [], WATCH_S)[0] and not os.read(sys.stdin.fileno(), 1):
             return
     raise errors.Broken(f"Ray's {', '.join(dead)} died: the fabric comes down with it")
+
+
+def _launcher_first(processes: list[Process]) -> tuple[Process, ...]:
+    return tuple(sorted(processes, key=lambda process: process.pid != os.getpid()))
 
 
 def free_port() -> int:

@@ -33,9 +33,10 @@ class Process:
         return _started_ticks(self.pid) == self.started_ticks
 
 
-def this_process() -> Process:
-    pid = os.getpid()
-    return Process(pid, _started_ticks(pid) or 0)
+def of(pid: int) -> Process | None:
+    """The process with that id now; None if there is none, or it only waits to be reaped."""
+    started_ticks = _started_ticks(pid)
+    return None if started_ticks is None else Process(pid, started_ticks)
 
 
 def marked(mark: str) -> list[Process]:
@@ -43,9 +44,9 @@ def marked(mark: str) -> list[Process]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and _has_mark(int(entry.name), mark):
-            started_ticks = _started_ticks(int(entry.name))
-            if started_ticks is not None:
-                found.append(Process(int(entry.name), started_ticks))
+            process = of(int(entry.name))
+            if process is not None:
+                found.append(process)
     return sorted(found, key=lambda process: (process.started_ticks, process.pid))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvfabric.cluster import record
 from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan, Plan, from_json, to_json
-from kvfabric.cluster.processes import Process, this_process
+from kvfabric.cluster.processes import Process
 from kvfabric.cluster.record import Fabric
 from kvfabric.errors import Broken
 
@@ -18,7 +18,7 @@ FABRIC = Fabric(
     mark="ab",
     scratch="/tmp/x",
     nodes=("n0", "n1"),
-    processes=(this_process(), Process(2, 3)),
+    processes=(Process(1, 2), Process(3, 4)),
 )
 
 
