@@ -20,7 +20,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from kvfabric import __version__
-from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Unreachable
+from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
 from kvfabric.keys import namespace_id
 from kvfabric.memory import populate
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
@@ -264,13 +264,21 @@ class Link:
                     f"node {self.node} sent {len(descriptors)} of {len(wanted)} descriptors; "
                     "is the limit of open files reached? See `ulimit -n`"
                 )
-            for segment, size_bytes, descriptor in zip(
-                answer.segments, answer.size_bytes, descriptors, strict=True
-            ):
-                mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
-                os.close(descriptor)
-                _enter_pages(mapped)
-                self._segments[segment] = np.frombuffer(mapped, dtype=np.uint8)
+            try:
+                for segment, size_bytes, descriptor in zip(
+                    answer.segments, answer.size_bytes, descriptors, strict=True
+                ):
+                    mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
+                    _enter_pages(mapped)
+                    self._segments[segment] = np.frombuffer(mapped, dtype=np.uint8)
+            except OSError as error:
+                raise Retry(
+                    f"cannot map the memory of node {self.node}: {error}; raise the limits of "
+                    "open files (ulimit -n) and of address space (ulimit -v)"
+                ) from error
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
 
     def give_back_retired(self, connection: Connection, deadline_s: float) -> None:
         """Lets go of segments that the node wants back."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -19,7 +20,7 @@ import grpc
 import structlog
 
 from kvfabric.clock import Clock, SystemClock
-from kvfabric.errors import FabricError, Refused
+from kvfabric.errors import FabricError, Refused, Retry
 from kvfabric.metrics import MetricsServer
 from kvfabric.rpc.v1 import control_pb2, node_pb2_grpc, types_pb2
 from kvfabric.settings import host_id, make_runtime_dir
@@ -60,7 +61,15 @@ class Node:
     def start(self) -> None:
         """Returns once the node serves; raises what kept it from it."""
         self._thread.start()
-        self._started.result(START_TIMEOUT_S)
+        try:
+            self._started.result(START_TIMEOUT_S)
+        except TimeoutError as error:
+            raise Retry(f"the node did not start within {START_TIMEOUT_S:g} s") from error
+        except OSError as error:
+            raise Refused(
+                f"the node cannot start: {error}; where it lacks files or memory, raise the limit "
+                "of open files (ulimit -n), or give it less memory"
+            ) from error
 
     def stop(self) -> None:
         """Ends all sessions and gives the memory back. Safe to repeat."""
@@ -219,7 +228,8 @@ def _bind_unix(path: Path) -> socket.socket:
     try:
         if path.exists():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(str(path)) == 0:
+                probe.setblocking(False)  # else it waits where a stopped node's backlog is full
+                if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
                     raise Refused(
                         f"another node serves on {path}; stop it, or give this one another name"
                     )

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
+from kvfabric.errors import DeadlineExceeded, Refused, Retry, Unreachable
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames
 
 # Large enough for a bulk frame to be under way while the next one is prepared.
 BULK_BUFFER_BYTES = 4 << 20
+KNOCK_S = 0.002  # between two attempts to connect to a busy listener
 # Of one receive that takes what there is. Python allocates all of it beforehand, and from
 # 128 KiB on malloc maps and unmaps fresh pages every time, which costs 10 to 20 us.
 RECEIVE_BYTES = 64 << 10
@@ -29,11 +30,11 @@ def connect(address: str, deadline_s: float, *, bulk: bool = False) -> socket.so
     """Connects to "unix:PATH" or "tcp:HOST:PORT"."""
     kind, _, rest = address.partition(":")
     if kind == "unix" and rest:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = _open(socket.AF_UNIX)
         target: str | tuple[str, int] = rest
     elif kind == "tcp" and rest.rpartition(":")[2].isdigit():
         host, _, port = rest.rpartition(":")
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock = _open(socket.AF_INET6 if ":" in host else socket.AF_INET)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         target = (host.strip("[]"), int(port))
     else:
@@ -41,11 +42,31 @@ def connect(address: str, deadline_s: float, *, bulk: bool = False) -> socket.so
     if bulk:
         enlarge(sock)
     try:
-        _within(sock, deadline_s, sock.connect, target)
+        _knock(sock, target, deadline_s)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _open(family: int) -> socket.socket:
+    try:
+        return socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise Retry(
+            f"cannot open a socket: {error}; raise the limit of open files (ulimit -n)"
+        ) from error
+
+
+def _knock(sock: socket.socket, target: str | tuple[str, int], deadline_s: float) -> None:
+    """Connects; again and again while a unix listener's backlog is full."""
+    while True:
+        try:
+            return _within(sock, deadline_s, sock.connect, target)
+        except Unreachable as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
+            time.sleep(KNOCK_S)
 
 
 def enlarge(sock: socket.socket) -> None:
