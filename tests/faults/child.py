@@ -82,11 +82,11 @@ def hold(address: str, lease_ms: str, *keys: str) -> None:
 def churn(address: str, seed: str, seconds: str) -> None:
     """Puts and gets chained shards at random, and compares every byte it gets."""
     chance = random.Random(int(seed))
-    end_s = time.monotonic() + float(seconds)
     counts = {"puts": 0, "hits": 0, "wrong": 0, "retries": 0}
-    say(ready=True)
     with connect(address, timeout_s=TIMEOUT_S) as client:
         room = client.open(SPACE)
+        say(ready=True)
+        end_s = time.monotonic() + float(seconds)
         while time.monotonic() < end_s:
             chain = chance.randrange(40)
             size = 16384 + 8192 * (chain % 3)  # of the chain: several sub-pools
