@@ -10,7 +10,7 @@ import typer
 from kvfabric_client.cli.common import Json, RuntimeDir, chosen_runtime_dir, console, print_json
 
 if TYPE_CHECKING:
-    from kvfabric_client.cli.checks import Finding
+    from kvfabric_client.cli.checks.finding import Finding
 
 _STYLES = {"ok": "green", "hint": "yellow", "broken": "red"}
 
@@ -20,7 +20,8 @@ def doctor(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
 
     Changes nothing. Exits with 1 where something is broken; hints are not failures.
     """
-    from kvfabric_client.cli.checks import CHECKS, Level
+    from kvfabric_client.cli.checks import CHECKS
+    from kvfabric_client.cli.checks.finding import Level
 
     folder = chosen_runtime_dir(runtime_dir)
     findings: list[Finding] = []

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
-import os
 import secrets
-import select
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from kvfabric import errors
 from kvfabric.cluster import processes, record
-from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan, Plan, to_json
+from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan
+from kvfabric.cluster.spawn import (
+    LOG_NAME,
+    TOKEN_NAME,
+    Report,
+    follow,
+    launch,
+    ray_environment,
+    visit,
+)
 
-LOG_NAME = "up.log"
-TOKEN_NAME = "ray.token"
+__all__ = [
+    "LOG_NAME",
+    "TOKEN_NAME",
+    "Down",
+    "Report",
+    "Up",
+    "down",
+    "running",
+    "stale_sockets",
+    "up_joined",
+    "up_local",
+]
+
 LOCK_NAME = "up.lock"
-SILENCE_S = 120.0  # the launcher says what it does next at least this often
 # The launcher's own order: actors, Ray's nodes, the head. Measured: 1 to 3 s for two nodes.
 DOWN_DEADLINE_S = 20.0
 GRACE_S = 5.0  # between SIGTERM and SIGKILL for whatever is left
 KILL_S = 5.0  # from SIGKILL until it must be gone
 PROBE_S = 0.2
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +101,13 @@ def up_local(
         )
         started = record.Fabric(manager="", ray="", mark=mark, scratch=scratch)
         record.write(runtime_dir, started)  # first, so that a `down` after a crash has the mark
-        environment = _ray_environment(runtime_dir, mark)
-        launcher = _launch(plan, runtime_dir, environment, attached=attached)
+        environment = ray_environment(runtime_dir, mark)
+        launcher = launch(plan, runtime_dir, environment, attached=attached)
         try:
             itself = processes.of(launcher.pid)
             started = replace(started, processes=(itself,) if itself else ())
             record.write(runtime_dir, started)
-            _follow(launcher, runtime_dir, report)
+            follow(launcher, runtime_dir, report)
         except BaseException:
             _end_local(runtime_dir, started)
             launcher.wait()
@@ -127,7 +139,7 @@ def up_joined(
             memory_bytes=memory_bytes,
             manager_port=manager_port,
         )
-        _visit(plan, runtime_dir, report)
+        visit(plan, runtime_dir, report)
     return Up(_recorded(runtime_dir), None)
 
 
@@ -144,7 +156,7 @@ def down(runtime_dir: Path, report: Report) -> Down:
             return Down(found=False)
         if fabric.mark:
             return Down(found=True, killed=_end_local(runtime_dir, fabric))
-        _visit(LeavePlan(fabric.ray), runtime_dir, report)
+        visit(LeavePlan(fabric.ray), runtime_dir, report)
         _clean(runtime_dir)
         return Down(found=True)
 
@@ -184,83 +196,6 @@ def _recorded(runtime_dir: Path) -> record.Fabric:
     fabric = record.read(runtime_dir)
     assert fabric is not None  # the launcher wrote it before it said that it is ready
     return fabric
-
-
-def _ray_environment(runtime_dir: Path, mark: str) -> dict[str, str]:
-    """What the launcher, and all that it starts, find in their environment.
-
-    The user's own Ray settings belong to other Rays and are left out.
-    """
-    token = runtime_dir / TOKEN_NAME
-    token.unlink(missing_ok=True)
-    with os.fdopen(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return own | {
-        processes.MARK_VARIABLE: mark,
-        "KVFABRIC_RUNTIME_DIR": str(runtime_dir),
-        "SPT_NOENV": "1",  # else Ray's process titles overwrite the environment, and the mark
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # leaves 127.0.0.1 alone: see launcher.py
-        "RAY_enable_worker_prestart": "0",  # only actors run here
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_memory_monitor_refresh_ms": "0",  # an rManager's memory is taken on purpose
-    }
-
-
-def _launch(
-    plan: Plan, runtime_dir: Path, environment: dict[str, str], *, attached: bool
-) -> subprocess.Popen[str]:
-    with (runtime_dir / LOG_NAME).open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "kvfabric.cluster.launcher", to_json(plan)],
-            env=environment,
-            stdin=subprocess.PIPE if attached else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,  # Ctrl-C is ours to handle, in order
-        )
-
-
-def _follow(launcher: subprocess.Popen[str], runtime_dir: Path, report: Report) -> None:
-    """Passes the launcher's progress on until it is ready; raises what it failed with."""
-    assert launcher.stdout is not None
-    for line in _lines(launcher.stdout, SILENCE_S):
-        fields = json.loads(line)
-        if "step" in fields:
-            report(fields["step"])
-        elif "error" in fields:
-            kind: type[errors.FabricError] = getattr(errors, fields["kind"], errors.Broken)
-            raise kind(f"{fields['error']} (the whole story: {runtime_dir / LOG_NAME})")
-        else:
-            return
-    raise errors.Broken(f"the launcher ended without a word: see {runtime_dir / LOG_NAME}")
-
-
-def _lines(stream: IO[str], silence_s: float) -> Iterator[str]:
-    """The stream's lines, to its end; DeadlineExceeded when none comes for that long."""
-    descriptor, text = stream.fileno(), b""
-    while select.select([descriptor], [], [], silence_s)[0]:
-        piece = os.read(descriptor, 65536)
-        if not piece:
-            return
-        *whole, text = (text + piece).split(b"\n")
-        yield from (line.decode() for line in whole)
-    raise errors.DeadlineExceeded(f"no progress for {silence_s:g} s")
-
-
-def _visit(plan: JoinPlan | LeavePlan, runtime_dir: Path, report: Report) -> None:
-    """A launcher that does its work in a Ray of others, and ends."""
-    launcher = _launch(plan, runtime_dir, dict(os.environ), attached=False)
-    try:
-        _follow(launcher, runtime_dir, report)
-        launcher.wait(DOWN_DEADLINE_S)
-    finally:
-        launcher.kill()
-        launcher.wait()
 
 
 def _end_local(runtime_dir: Path, fabric: record.Fabric) -> int:

@@ -18,7 +18,8 @@ from kvfabric.cluster import record
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric_client.cli import checks, common, status
-from kvfabric_client.cli.checks import CHECKS, Check, Finding, Level
+from kvfabric_client.cli.checks import CHECKS, here, software
+from kvfabric_client.cli.checks.finding import Check, Finding, Level
 from kvfabric_client.cli.main import app
 
 HEAVY = ("numpy", "ray", "torch", "vllm", "transformers", "pyarrow", "pydantic", "grpc")
@@ -165,7 +166,7 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 # Doctor -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("check", [c for c in CHECKS if c is not checks.vllm])
+@pytest.mark.parametrize("check", [c for c in CHECKS if c is not software.vllm])
 def test_every_check_tells_something_and_every_trouble_has_a_remedy(
     runtime_dir: Path, check: Check
 ) -> None:
@@ -178,36 +179,36 @@ def test_every_check_tells_something_and_every_trouble_has_a_remedy(
 def test_a_runtime_directory_that_is_open_to_others_is_broken(runtime_dir: Path) -> None:
     runtime_dir.chmod(0o755)
 
-    finding = checks.directory(runtime_dir)
+    finding = here.directory(runtime_dir)
 
     assert finding.level is Level.BROKEN
     assert finding.remedy == f"chmod 700 {runtime_dir}"
 
 
 def test_a_runtime_directory_too_long_for_sockets_is_broken(tmp_path: Path) -> None:
-    assert checks.directory(tmp_path / ("x" * 100)).level is Level.BROKEN
+    assert here.directory(tmp_path / ("x" * 100)).level is Level.BROKEN
 
 
 def test_a_socket_that_somebody_left_is_found(runtime_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(runtime_dir / "n7.sock"))
 
-    assert "n7.sock" in checks.leftovers(runtime_dir).text
+    assert "n7.sock" in here.leftovers(runtime_dir).text
 
 
 def test_a_fabric_whose_processes_are_gone_is_found(runtime_dir: Path) -> None:
     record.write(runtime_dir, record.Fabric("127.0.0.1:9", "", "no such mark", ""))
 
-    finding = checks.leftovers(runtime_dir)
+    finding = here.leftovers(runtime_dir)
 
     assert (finding.level, finding.remedy) == (Level.HINT, "kvfabric down")
-    assert checks.manager(runtime_dir).level is Level.BROKEN
+    assert here.manager(runtime_dir).level is Level.BROKEN
 
 
 def test_a_hash_seed_is_pointed_out(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHASHSEED", "7")
 
-    assert checks.hash_seed(runtime_dir).level is Level.HINT
+    assert software.hash_seed(runtime_dir).level is Level.HINT
 
 
 def test_doctor_exits_with_1_only_where_something_is_broken(
