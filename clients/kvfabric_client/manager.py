@@ -19,7 +19,9 @@ class Manager:
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.insecure_channel(
-            address, options=[("grpc.max_reconnect_backoff_ms", 1000)]
+            address,
+            # The machine's proxy settings are for the outside, not for the fabric.
+            options=[("grpc.max_reconnect_backoff_ms", 1000), ("grpc.enable_http_proxy", 0)],
         )
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
 

@@ -69,13 +69,17 @@ def visit(plan: JoinPlan | LeavePlan, runtime_dir: Path, report: Report) -> None
 def ray_environment(runtime_dir: Path, mark: str) -> dict[str, str]:
     """What the launcher, and all that it starts, find in their environment.
 
-    The user's own Ray settings belong to other Rays and are left out.
+    The user's own Ray settings belong to other Rays, and proxies to the outside: left out.
     """
     token = runtime_dir / TOKEN_NAME
     token.unlink(missing_ok=True)
     with os.fdopen(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") and not name.lower().endswith("_proxy")
+    }
     return own | {
         processes.MARK_VARIABLE: mark,
         "KVFABRIC_RUNTIME_DIR": str(runtime_dir),

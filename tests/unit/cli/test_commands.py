@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from kvfabric.cluster import record
 from kvfabric.errors import Refused
+from kvfabric.manager.service import ManagerServer, ManagerSettings
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric_client.cli import checks, common, status
 from kvfabric_client.cli.checks import CHECKS, here, software
@@ -106,6 +107,24 @@ def test_purge_fails_where_no_node_is_reached(runtime_dir: Path) -> None:
 
     assert status_code == 1
     assert "not every node was reached" in err
+
+
+def test_status_asks_the_manager_itself_in_spite_of_a_proxy(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server = ManagerServer(ManagerSettings(listen="127.0.0.1:0", runtime_dir=str(runtime_dir)))
+    server.start()
+    try:
+        monkeypatch.setenv("KVFABRIC_MANAGER", server.address)
+        status_code, out, _ = run("status", "--json")
+    finally:
+        server.stop()
+
+    assert status_code == 0
+    told = json.loads(out)
+    assert (told["nodes"], told["manager"]["alive"], told["manager"]["keys"]) == ([], True, 0)
 
 
 def test_a_node_is_shown_with_its_fill_and_hit_rate() -> None:
