@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import structlog
 
-from kvfabric.errors import Unsupported
+from kvfabric.errors import FabricError, Unsupported
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc, node_pb2, types_pb2
 from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId
 from kvfabric_nodes.core import NodeCore
@@ -27,6 +27,8 @@ RETRY_S = 0.5
 CALL_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.25  # a match waits for it: better a miss than a late answer
 PULSE_TIMEOUT_S = 10.0
+
+_AWAY = (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError)
 
 Change = tuple[NamespaceId, Key, int]  # size in bytes; 0 for removed ones
 
@@ -47,23 +49,29 @@ class Heartbeat:
         self._metrics = metrics
         self._register = register
         self._channel = grpc.aio.insecure_channel(
-            manager, options=[("grpc.max_reconnect_backoff_ms", 1000)]
+            manager,
+            options=[
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+            ],
         )
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._heartbeat_s = RETRY_S
 
     async def run(self) -> None:
         """Until cancelled."""
+        told = ""
         try:
             while True:
                 try:
                     await self._register_node()
+                    told = ""
                     await self._pulse()
-                except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
-                    if self.connected:
-                        log.warning(
-                            "manager_lost", why=_brief(error), effect="the node goes on alone"
-                        )
+                except (*_AWAY, FabricError) as error:
+                    why = _brief(error)
+                    if why != told:  # once, not at every attempt
+                        log.warning("manager_away", why=why, effect="the node goes on alone")
+                    told = why
                 self.connected = False
                 await asyncio.sleep(RETRY_S)
         finally:
@@ -80,6 +88,7 @@ class Heartbeat:
             answer = await self._stub.Locate(request, timeout=LOCATE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             log.warning("locate_failed", why=_brief(error))
+            self.connected = False  # not asked again before it answers a heartbeat
             return []
         runs: list[node_pb2.MatchResponse.Run] = []
         for index, places in itertools.groupby(answer.place):
@@ -116,8 +125,8 @@ class Heartbeat:
                 for message in self._messages(full):
                     sequence += 1
                     message.sequence = sequence
-                    await stream.write(message)
                     async with asyncio.timeout(PULSE_TIMEOUT_S):
+                        await stream.write(message)
                         answer = await stream.read()
                     if not isinstance(answer, control_pb2.HeartbeatResponse):
                         return  # the stream has ended
