@@ -370,14 +370,16 @@ class Handler:
             self.clock.now(),
         )
         response.lease_ms = int(self.core.bounded(lease_s) * 1000)
-        response.statuses.extend([Status.OK if shard else Status.MISS for shard in found])
         if lease is None:
+            response.statuses.extend([_MISS] * len(found))
             return
         response.lease = lease.id
-        response.segments.extend([s.extent.segment if s else 0 for s in found])
-        response.offsets.extend([s.extent.offset if s else 0 for s in found])
-        response.size_bytes.extend([s.size_bytes if s else 0 for s in found])
-        response.generations.extend([s.extent.generation if s else 0 for s in found])
+        statuses, segments, offsets, sizes, generations = zip(*map(_row, found), strict=True)
+        response.statuses.extend(statuses)
+        response.segments.extend(segments)
+        response.offsets.extend(offsets)
+        response.size_bytes.extend(sizes)
+        response.generations.extend(generations)
         if not request.without_checksums:
             response.layers.extend([s.layers if s else 0 for s in found])
             for shard in lease.shards:
@@ -486,15 +488,26 @@ class Handler:
             event.why = decision.why
 
 
+_OK, _MISS = int(Status.OK), int(Status.MISS)
+
+
+def _row(shard: Shard | None) -> tuple[int, int, int, int, int]:
+    """Status, segment, offset, size and generation of one key of an acquire."""
+    if shard is None:
+        return (_MISS, 0, 0, 0, 0)
+    extent = shard.extent
+    return (_OK, extent.segment, extent.offset, shard.size_bytes, extent.generation)
+
+
 def seconds(deadline_ms: int) -> float:
     return deadline_ms / 1000 if deadline_ms else DEFAULT_DEADLINE_S
 
 
 def checked_keys(raw: Sequence[bytes]) -> list[Key]:
     keys: list[Any] = list(raw)
-    for key in keys:
-        if len(key) != DIGEST_BYTES:
-            raise Refused(f"key {key.hex()[:80]!r} has {len(key)} bytes; a key has {DIGEST_BYTES}")
+    if set(map(len, keys)) - {DIGEST_BYTES}:
+        key = next(key for key in keys if len(key) != DIGEST_BYTES)
+        raise Refused(f"key {key.hex()[:80]!r} has {len(key)} bytes; a key has {DIGEST_BYTES}")
     return keys
 
 

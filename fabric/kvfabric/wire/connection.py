@@ -37,6 +37,7 @@ class Connection:
         self.retired: list[int] = []  # segments that the node wants back
         self.late: list[wire_pb2.Frame] = []  # answers that came after their callers gave up
         self._sock = sockets.connect(address, deadline_s)
+        self._at_end = sockets.end_of(self._sock)
         self._released = deque() if released is None else released
         self._inbox = frames.Inbox()
         self._awaited: set[int] = set()
@@ -89,7 +90,7 @@ class Connection:
 
     def alive(self) -> bool:
         """Whether the peer has kept the connection: false at once after it died."""
-        return not self.closed and not sockets.at_end(self._sock)
+        return not self.closed and not self._at_end()
 
     def close(self) -> None:
         self.closed = True

@@ -32,7 +32,7 @@ def connect(address: str, deadline_s: float, *, bulk: bool = False) -> socket.so
     if kind == "unix" and rest:
         sock = _open(socket.AF_UNIX)
         target: str | tuple[str, int] = rest
-    elif kind == "tcp" and rest.rpartition(":")[2].isdigit():
+    elif kind == "tcp" and _is_port(rest.rpartition(":")[2]):
         host, _, port = rest.rpartition(":")
         sock = _open(socket.AF_INET6 if ":" in host else socket.AF_INET)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -131,11 +131,11 @@ def receive_with_descriptors(
     return data, descriptors
 
 
-def at_end(sock: socket.socket) -> bool:
-    """Whether the peer has closed: true at once after its process died."""
+def end_of(sock: socket.socket) -> Callable[[], bool]:
+    """Tells, whenever asked, whether the peer has closed: true at once after its process died."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)  # seen even behind unread bytes
-    return bool(poll.poll(0))
+    return lambda: bool(poll.poll(0))
 
 
 def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argument: object) -> T:
@@ -150,3 +150,7 @@ def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argu
         raise DeadlineExceeded("the peer did not answer in time") from error
     except OSError as error:
         raise Unreachable(f"the connection failed: {error}") from error
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < 1 << 16
