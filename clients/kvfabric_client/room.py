@@ -72,7 +72,7 @@ class Room:
         }
 
         def store(link: Link) -> tuple[list[Status], dict[int, str]]:
-            link.open(self.namespace, deadline.at_s)
+            link.open(self.namespace, self.id, deadline.at_s)
             header["deadline_ms"] = milliseconds(deadline.left_s())
             checked = self.client.checksums
             if link.shares_memory:
@@ -138,7 +138,7 @@ class Room:
         deadline = self.client.deadline(timeout_s)
 
         def hold(link: Link) -> View:
-            link.open(self.namespace, deadline.at_s)
+            link.open(self.namespace, self.id, deadline.at_s)
             if not link.shares_memory:
                 return View(self.client, link, shm.Held(0, [None] * len(keys), (), (), 0.0))
             held = shm.acquire(link, self.id, keys, lease_s, deadline, checked=False)
@@ -184,7 +184,7 @@ class Room:
 
     def _call(self, name: str, request: Any, deadline: Deadline) -> Any:
         def call(link: Link) -> Any:
-            link.open(self.namespace, deadline.at_s)
+            link.open(self.namespace, self.id, deadline.at_s)
             return link.call(name, request, deadline.at_s)
 
         return self.client.at_home(call, deadline)
@@ -239,7 +239,7 @@ class Room:
         *,
         verify: bool,
     ) -> list[Status]:
-        link.open(self.namespace, deadline.at_s)
+        link.open(self.namespace, self.id, deadline.at_s)
         checked = verify and self.client.checksums
         if link.shares_memory:
             copiers = self.client.copiers
@@ -282,12 +282,12 @@ class View:
         self._client = client
         self._link = link
         self._lease = held.lease
-        self._views = [None if place is None else place.data for place in held.places]
+        self._views = [None if place is None else _read_only(place) for place in held.places]
         self.lease_s = held.lease_s
 
     def add_copy(self, index: int, copy: Bytes | None) -> None:
         """A private copy for a key that the home node does not hold."""
-        self._views[index] = None if copy is None else copy.data
+        self._views[index] = None if copy is None else _read_only(copy)
 
     def __len__(self) -> int:
         return len(self._views)
@@ -326,6 +326,11 @@ class View:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _read_only(place: Bytes) -> memoryview:
+    """A shard is sealed: whoever wrote into it would spoil it for all others."""
+    return place.data.toreadonly()
 
 
 def _pieces(keys: Sequence[Key], buffers: Sequence[Any], *, writable: bool = False) -> list[Pieces]:

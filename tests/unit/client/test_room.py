@@ -44,6 +44,7 @@ def test_what_was_put_is_read_back(room: Room, size_bytes: int, layers: int) -> 
     assert _equal(targets, shards)
     with room.view(keys) as views:
         assert [bytes(view or b"") for view in views] == [bytes(shard) for shard in shards]
+        assert all(view is not None and view.readonly for view in views)
         views.renew(60)
 
 

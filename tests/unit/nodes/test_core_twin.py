@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
 )
 
@@ -27,9 +28,10 @@ from kvfabric_nodes.extents import Extent, Extents
 from kvfabric_nodes.promises import Limits, Reservation, Session
 from kvfabric_nodes.shards import Shard
 
+SEGMENTS = 3
 SEGMENT_BYTES = 4096
-SIZES = (64, 1000, 1024, 2000, 4096)
-KEYS = [Key(bytes([n]) * 32) for n in range(12)]
+SIZES = (1000, 1024, 2048, 4096)
+KEYS = [Key(bytes([n]) * 32) for n in range(8)]
 TENANTS = {"a": [NamespaceId(b"a" * 32), NamespaceId(b"A" * 32)], "b": [NamespaceId(b"b" * 32)]}
 
 Name = tuple[NamespaceId, Key]
@@ -66,7 +68,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = NodeCore(Extents(5, SEGMENT_BYTES), Limits(deadline_s=50.0))
+        self.core = NodeCore(Extents(SEGMENTS, SEGMENT_BYTES), Limits(deadline_s=50.0))
         self.twin = Twin()
         self.now_s = 0.0
         self.arenas: set[int] = set(self.core.extents.segments)
@@ -152,7 +154,15 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(reservation=reservations, data=st.data())
     def seal(self, reservation: Reservation, data: Any) -> None:
-        index = data.draw(st.integers(0, 5))
+        self._seal(reservation, data.draw(st.integers(0, 5)))
+
+    @rule(reservation=consumes(reservations))
+    def seal_all(self, reservation: Reservation) -> None:
+        for index in list(reservation.items):
+            self._seal(reservation, index)
+        assert not reservation.items
+
+    def _seal(self, reservation: Reservation, index: int) -> None:
         item = reservation.items.get(index)
         late = self.now_s >= self.twin.promised_s[reservation.id]
         grant = self.core.seal(reservation, index, (1,), self.now_s)
@@ -180,6 +190,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.core.abort(reservation)
         assert not reservation.items
 
+    @precondition(lambda self: self.core.shards.count)
     @rule(
         target=leases,
         session=sessions,
@@ -215,6 +226,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.core.release(held.session, [held.id, held.id])
         self._forget(held)
 
+    @precondition(lambda self: self.core.shards.count)
     @rule(
         session=sessions,
         number=st.integers(0, len(KEYS) - 1),
@@ -234,7 +246,11 @@ class CoreMachine(RuleBasedStateMachine):
             self.core.unpin(session, namespace, [KEYS[number]], self.now_s)
             self.twin.pinned.discard(name)
 
-    @rule(session=sessions, numbers=st.lists(st.integers(0, len(KEYS) - 1)), data=st.data())
+    @rule(
+        session=sessions,
+        numbers=st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=2) | st.just([]),
+        data=st.data(),
+    )
     def purge(self, session: Session, numbers: list[int], data: Any) -> None:
         if session.id not in self.core.sessions:
             return
@@ -303,7 +319,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.core.check()
         books = self.core.books()
         parts = books.held_bytes + books.reserved_bytes + books.quarantined_bytes + books.free_bytes
-        assert parts == books.capacity_bytes == 5 * SEGMENT_BYTES
+        assert parts == books.capacity_bytes == SEGMENTS * SEGMENT_BYTES
 
     @invariant()
     def only_what_was_sealed_is_held(self) -> None:
@@ -370,8 +386,8 @@ def _overlap(a: Extent, b: Extent) -> bool:
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
-    max_examples=60,
-    stateful_step_count=60,
+    max_examples=80,
+    stateful_step_count=80,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
