@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -135,7 +136,13 @@ def end_of(sock: socket.socket) -> Callable[[], bool]:
     """Tells, whenever asked, whether the peer has closed: true at once after its process died."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)  # seen even behind unread bytes
-    return lambda: bool(poll.poll(0))
+    lock = threading.Lock()  # Python refuses to poll one object from two threads at once
+
+    def ended() -> bool:
+        with lock:
+            return bool(poll.poll(0))
+
+    return ended
 
 
 def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argument: object) -> T:
