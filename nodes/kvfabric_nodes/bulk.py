@@ -106,6 +106,7 @@ class _Bulk:
                 checked_keys(request.keys),
                 deadline_s,
                 handler.clock.now(),
+                streamed=True,
             )
             put_header(header, found, lease)
             return lease
@@ -152,7 +153,7 @@ class _Bulk:
         self._deadline_s = time.monotonic() + handler.core.bounded(seconds(header.deadline_ms))
         try:
             reservation, grants = self._server.on_core(
-                lambda: handler.reserve_extents(self._session, header)
+                lambda: handler.reserve_extents(self._session, header, streamed=True)
             )
         except FabricError as error:
             self.answer(wire_pb2.Frame(id=frame_id, error=to_proto(error)))

@@ -5,8 +5,9 @@ reads a clock: shells call it from one thread with the time and carry out what i
 answers. Capacity = held + reserved + quarantined + free, to the byte, at all times.
 
 A deadline ends a promise, not an extent. An extent that somebody may still touch
-(a reservation not yet given back, a lease not yet released) is never used again
-before that session lets go of it or ends; meanwhile it is quarantined.
+(a reservation not yet given back, a lease not yet released, of a client that shares
+memory or of a stream) is never used again before that session lets go of it or ends;
+meanwhile it is quarantined.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class NodeCore:
 
     # Sessions -----------------------------------------------------------------
 
-    def open_session(self, tenant: str, principal: str, *, checked: bool = True) -> Session:
-        session = Session(self._next_id(), tenant, principal, checked)
+    def open_session(
+        self, tenant: str, principal: str, *, checked: bool = True, shares_memory: bool = True
+    ) -> Session:
+        session = Session(self._next_id(), tenant, principal, checked, shares_memory)
         self.sessions[session.id] = session
         return session
 
@@ -105,8 +108,13 @@ class NodeCore:
         deadline_s: float,
         ttl_s: float,
         now_s: float,
+        *,
+        streamed: bool = False,
     ) -> tuple[Reservation | None, list[Grant]]:
-        """Space for each key until `deadline_s` from now; None where no key was granted."""
+        """Space for each key until `deadline_s` from now; None where no key was granted.
+
+        `streamed`: the caller fills it from a stream, and aborts what it did not seal.
+        """
         self.admit(session, namespace, len(keys))
         if len(session.reservations) >= self.limits.reservations:
             raise Refused(
@@ -115,7 +123,7 @@ class NodeCore:
             )
         deadline_s = now_s + self.bounded(deadline_s)
         reservation = Reservation(
-            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}, now_s
+            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}, now_s, streamed
         )
         grants: list[Grant] = []
         full: dict[int, Grant] = {}  # by size: where there is no room, none comes in the batch
@@ -247,8 +255,13 @@ class NodeCore:
         keys: Sequence[Key],
         lease_s: float,
         now_s: float,
+        *,
+        streamed: bool = False,
     ) -> tuple[Lease | None, list[Shard | None]]:
-        """One lease over all keys that are held here; None where there are none."""
+        """One lease over all keys that are held here; None where there are none.
+
+        `streamed`: the caller reads the bytes itself, and releases the lease.
+        """
         self.admit(session, namespace, len(keys))
         if len(session.leases) >= self.limits.leases:
             raise Refused(
@@ -267,9 +280,8 @@ class NodeCore:
             shard.last_used = use
             shard.extent.holders += 1
             size_bytes += shard.size_bytes
-        lease = Lease(
-            self._next_id(), session, held, now_s + self.bounded(lease_s), now_s, size_bytes
-        )
+        deadline_s = now_s + self.bounded(lease_s)
+        lease = Lease(self._next_id(), session, held, deadline_s, now_s, size_bytes, streamed)
         session.leases[lease.id] = lease
         self._remind(lease.deadline_s, lease)
         return lease, found
@@ -475,8 +487,11 @@ class NodeCore:
     def _expire_reservation(self, reservation: Reservation) -> None:
         if reservation.id not in reservation.session.reservations:
             return
-        reservation.expired = True
         self.tally.expired_reservations += 1
+        if not (reservation.session.shares_memory or reservation.streamed):
+            self.abort(reservation)  # nobody can touch its extents
+            return
+        reservation.expired = True
         for item in reservation.items.values():
             del self._writing[reservation.namespace, item.key]
             self._reserved_bytes -= item.extent.size_bytes
@@ -487,6 +502,8 @@ class NodeCore:
             return
         lease.expired = True
         self.tally.expired_leases += 1
+        if not (lease.session.shares_memory or lease.streamed):
+            self._let_go(lease)  # nobody can touch its extents
 
     def _let_go(self, lease: Lease) -> None:
         del lease.session.leases[lease.id]

@@ -104,19 +104,25 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
     ) -> AsyncIterator[node_pb2.ReadResponse]:
         guest = await self._guest(context)
         core = self._handler.core
+        deadline_s = core.bounded(seconds(request.deadline_ms))
         try:
             lease, found = core.acquire(
                 guest.session,
                 NamespaceId(request.namespace_id),
                 checked_keys(request.keys),
-                seconds(request.deadline_ms),
+                deadline_s,
                 self._handler.clock.now(),
+                streamed=True,
             )
         except FabricError as error:
             await _abort(context, error)
             raise
         guest.calls += 1
         started_s = self._handler.clock.now()
+        # A reader that does not read blocks `yield`: its call is cancelled from outside.
+        call = asyncio.current_task()
+        assert call is not None
+        deadline = asyncio.get_running_loop().call_later(deadline_s, call.cancel)
         try:
             first = node_pb2.ReadResponse(last=lease is None)
             put_header(first.header, found, lease)
@@ -133,6 +139,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                         index=index, offset=start, payload=payload, last=last
                     )
         finally:
+            deadline.cancel()
             guest.calls -= 1
             if lease is not None:
                 core.release(guest.session, [lease.id])
@@ -159,7 +166,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         first = await anext(aiter(requests), None)
         if first is None or not first.HasField("header"):
             raise Refused("the first message of a Write must be its header")
-        reservation, grants = handler.reserve_extents(session, first.header)
+        reservation, grants = handler.reserve_extents(session, first.header, streamed=True)
         if reservation is None:
             yield _verdicts(grants, last=True)
             return

@@ -134,6 +134,7 @@ class Handler:
                 tenant,
                 request.principal or DEFAULT_TENANT,
                 checked="unchecked" not in features,
+                shares_memory="shm" in offered,
             )
         self.core.open_namespaces(session, ids)
         response.version = min(PROTOCOL_VERSION, request.max_version)
@@ -184,6 +185,8 @@ class Handler:
         self,
         session: Session,
         request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+        *,
+        streamed: bool = False,
     ) -> tuple[Reservation | None, list[Grant]]:
         keys = checked_keys(request.keys)
         checked_keys([parent for parent in request.parents if parent])
@@ -212,6 +215,7 @@ class Handler:
             seconds(request.deadline_ms),
             request.ttl_ms / 1000,
             self.clock.now(),
+            streamed=streamed,
         )
         while self.core.recycled:
             self.arena.replace(*self.core.recycled.pop(0))
@@ -415,7 +419,12 @@ class Handler:
         namespace = NamespaceId(request.namespace_id)
         now_s = self.clock.now()
         lease, found = self.core.acquire(
-            session, namespace, checked_keys(request.keys), DEFAULT_DEADLINE_S, now_s
+            session,
+            namespace,
+            checked_keys(request.keys),
+            DEFAULT_DEADLINE_S,
+            now_s,
+            streamed=True,
         )
         try:
             loop = asyncio.get_running_loop()

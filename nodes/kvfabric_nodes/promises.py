@@ -30,6 +30,7 @@ class Reservation:
     deadline_s: float
     items: dict[int, Item]  # by index in the request; settled ones are gone
     filling_since_s: float
+    streamed: bool  # the node itself fills it, and gives it back
     expired: bool = False
 
 
@@ -41,6 +42,7 @@ class Lease:
     deadline_s: float
     granted_s: float
     size_bytes: int
+    streamed: bool  # the node itself reads, and gives it back
     expired: bool = False
 
 
@@ -52,6 +54,7 @@ class Session:
     tenant: str
     principal: str
     checked: bool = True  # checksums are computed, sent and verified
+    shares_memory: bool = True  # its client may map segments
     namespaces: set[NamespaceId] = field(default_factory=set)
     reservations: dict[int, Reservation] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)

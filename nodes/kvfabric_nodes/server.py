@@ -192,6 +192,8 @@ class CallConnection:
             return
         if not self.is_unix:
             raise Refused("descriptors travel over unix sockets only; read over the wire instead")
+        if not session.shares_memory:
+            raise Refused("this session was opened over TCP and maps nothing; open one over unix")
         if len(request.segments) > MAX_MAP_SEGMENTS:
             raise Refused(f"at most {MAX_MAP_SEGMENTS} segments per map_request")
         for segment in request.segments:
