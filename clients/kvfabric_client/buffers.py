@@ -75,28 +75,30 @@ class Pieces:
             start = max(0, start - len(array))
             end -= len(array)
 
-    def store(self, place: Bytes, layers: int, *, checked: bool) -> list[int]:
+    def store(self, place: memoryview, layers: int, *, checked: bool) -> list[int]:
         """Copies all into `place`; answers the checksums of what was copied.
 
         What is hashed is the source, so that a bit that flips on the way shows; right
         after its part was copied, while the cache still has it.
         """
+        target = np.frombuffer(place, dtype=np.uint8)
         sums: list[int] = []
         for start, end, pieces in self.cut(layers):
             for piece in pieces:
-                np.copyto(place[start : start + len(piece)], piece)
+                np.copyto(target[start : start + len(piece)], piece)
                 start += len(piece)
             assert start == end
             if checked:
                 sums.append(_checksum(pieces))
         return sums
 
-    def load(self, place: Bytes, layers: int, expected: Sequence[int]) -> bool:
+    def load(self, place: memoryview, layers: int, expected: Sequence[int]) -> bool:
         """Copies all from `place`; False where a checksum of what arrived is wrong."""
+        source = np.frombuffer(place, dtype=np.uint8)
         intact = True
         for number, (start, _, pieces) in enumerate(self.cut(layers or 1)):
             for piece in pieces:
-                np.copyto(piece, place[start : start + len(piece)])
+                np.copyto(piece, source[start : start + len(piece)])
                 start += len(piece)
             if expected and _checksum(pieces) != expected[number]:
                 intact = False

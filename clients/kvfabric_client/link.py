@@ -16,19 +16,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
 from google.protobuf.message import Message
 
 from kvfabric import __version__
 from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
-from kvfabric.keys import namespace_id
 from kvfabric.memory import populate
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
 from kvfabric.types import PROTOCOL_VERSION, Namespace, NamespaceId
 from kvfabric.wire import sockets
 from kvfabric.wire.connection import MAX_DESCRIPTORS, Connection
 from kvfabric.wire.frames import MAX_HEADER_BYTES
-from kvfabric_client.buffers import Bytes
 
 MAX_CALL_CONNECTIONS = 4
 MAX_BULK_CONNECTIONS = 4
@@ -59,8 +56,8 @@ class Link:
         self._checked = checked
         self._lock = threading.Lock()
         self._returned = threading.Condition(self._lock)
-        self._opened: dict[Namespace, NamespaceId] = {}
-        self._segments: dict[int, Bytes] = {}
+        self._opened: set[NamespaceId] = set()
+        self._segments: dict[int, memoryview] = {}
         self._released: deque[int] = deque()
         self._release_soon = threading.Event()
         self._releaser: threading.Thread | None = None
@@ -188,12 +185,10 @@ class Link:
             session=session,
         )
 
-    def open(self, namespace: Namespace, deadline_s: float) -> NamespaceId:
-        """Opens a namespace in this session; safe to repeat."""
-        found = self._opened.get(namespace)
-        if found is not None:
-            return found
-        expected = namespace_id(namespace)
+    def open(self, namespace: Namespace, expected: NamespaceId, deadline_s: float) -> None:
+        """Opens the namespace with the id `expected` in this session; safe to repeat."""
+        if expected in self._opened:
+            return
         request = self._hello_request()
         request.namespaces.append(
             types_pb2.Namespace(
@@ -207,8 +202,7 @@ class Link:
                 f"node {self.node} names this namespace differently; client and node "
                 "do not follow the same specification: bring the older one up to date"
             )
-        self._opened[namespace] = expected
-        return expected
+        self._opened.add(expected)
 
     # Leases ---------------------------------------------------------------------------
 
@@ -244,7 +238,7 @@ class Link:
 
     # Shared memory --------------------------------------------------------------------
 
-    def place(self, segment: int, offset: int, size_bytes: int) -> Bytes:
+    def place(self, segment: int, offset: int, size_bytes: int) -> memoryview:
         """Bytes of a segment that `map_segments` has mapped."""
         return self._segments[segment][offset : offset + size_bytes]
 
@@ -270,7 +264,7 @@ class Link:
                 ):
                     mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
                     _enter_pages(mapped)
-                    self._segments[segment] = np.frombuffer(mapped, dtype=np.uint8)
+                    self._segments[segment] = memoryview(mapped)
             except OSError as error:
                 raise Retry(
                     f"cannot map the memory of node {self.node}: {error}; raise the limits of "

@@ -282,12 +282,13 @@ class View:
         self._client = client
         self._link = link
         self._lease = held.lease
-        self._views = [None if place is None else _read_only(place) for place in held.places]
+        # A shard is sealed: whoever wrote into it would spoil it for all others.
+        self._views = [None if place is None else place.toreadonly() for place in held.places]
         self.lease_s = held.lease_s
 
     def add_copy(self, index: int, copy: Bytes | None) -> None:
         """A private copy for a key that the home node does not hold."""
-        self._views[index] = None if copy is None else _read_only(copy)
+        self._views[index] = None if copy is None else copy.data.toreadonly()
 
     def __len__(self) -> int:
         return len(self._views)
@@ -326,11 +327,6 @@ class View:
         trace: TracebackType | None,
     ) -> None:
         self.release()
-
-
-def _read_only(place: Bytes) -> memoryview:
-    """A shard is sealed: whoever wrote into it would spoil it for all others."""
-    return place.data.toreadonly()
 
 
 def _pieces(keys: Sequence[Key], buffers: Sequence[Any], *, writable: bool = False) -> list[Pieces]:

@@ -14,7 +14,7 @@ from kvfabric.errors import FabricError, Unreachable
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric.wire.connection import Connection
-from kvfabric_client.buffers import Bytes, Pieces
+from kvfabric_client.buffers import Pieces
 from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 
@@ -36,12 +36,12 @@ class Held:
     """Shards under a lease, by index of the request; None: a miss."""
 
     lease: int
-    places: list[Bytes | None]
+    places: list[memoryview | None]
     layers: Sequence[int]  # 0 or missing: without checksums
     checksums: Sequence[int]  # of the found ones, in order
     lease_s: float
 
-    def found(self) -> list[tuple[int, Bytes]]:
+    def found(self) -> list[tuple[int, memoryview]]:
         """Indices and places of the hits."""
         return [(index, place) for index, place in enumerate(self.places) if place is not None]
 
@@ -106,7 +106,7 @@ class _Writer:
         self._lock = threading.Lock()
         self._commits: list[tuple[int, list[int]]] = []  # (frame id, indices)
 
-    def fill(self, shards: Iterable[tuple[int, Pieces, Bytes]]) -> None:
+    def fill(self, shards: Iterable[tuple[int, Pieces, memoryview]]) -> None:
         """(index, source, place) one after the other."""
         indices: list[int] = []
         sums: list[int] = []
@@ -203,13 +203,13 @@ def get(
     if not held.lease:
         return statuses, damaged
     expected = _by_index(held)
-    places: list[tuple[int, Bytes, Pieces]] = []
+    places: list[tuple[int, memoryview, Pieces]] = []
     for index, place in held.found():
         pieces = target(index, len(place))
         if pieces is not None:
             places.append((index, place, pieces))
 
-    def load(some: Sequence[tuple[int, Bytes, Pieces]]) -> None:
+    def load(some: Sequence[tuple[int, memoryview, Pieces]]) -> None:
         for index, place, pieces in some:
             deadline.check()
             layers = held.layers[index] if held.layers else 1

@@ -124,14 +124,14 @@ def test_pieces_have_the_checksums_of_the_whole(sizes: list[int], layers: int) -
     expected = checksums.checksums(whole.data, layers)
 
     stored = np.zeros(total, np.uint8)
-    assert pieces.store(stored, layers, checked=True) == expected
+    assert pieces.store(stored.data, layers, checked=True) == expected
     assert np.array_equal(stored, whole)
 
     target = Pieces([np.zeros(size, np.uint8) for size in sizes], writable=True)
-    assert target.load(stored, layers, expected)
+    assert target.load(stored.data, layers, expected)
     assert np.array_equal(np.concatenate(target.arrays), whole)
     stored[total // 2] ^= 1
-    assert not target.load(stored, layers, expected)
+    assert not target.load(stored.data, layers, expected)
 
     passed = PartSums(pieces, layers)
     for end in range(0, total + 1, 1 << 17):
