@@ -207,7 +207,7 @@ def test_damage_is_seen_by_the_reader_s_checksums_and_dropped_by_verify(
 
 def test_every_call_answers(guest: Guest) -> None:
     guest.write({1: payload(1, 100).data})
-    both = {"namespace_id": guest.space, "keys": [key(1), key(2)]}
+    both: dict[str, Any] = {"namespace_id": guest.space, "keys": [key(1), key(2)]}
     assert guest.call("Match", node_pb2.MatchRequest(**both)).matched == 1
     ok, miss = Status.OK, Status.MISS
     assert list(guest.call("Pin", node_pb2.PinRequest(**both)).statuses) == [ok, miss]
@@ -266,7 +266,7 @@ def test_without_a_session_every_call_is_denied(node: Node) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.Stats(node_pb2.StatsRequest(), timeout=10)
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert "call Hello" in caught.value.details()
+        assert "call Hello" in str(caught.value.details())
         with pytest.raises(grpc.RpcError) as caught:
             stub.Hello(node_pb2.HelloRequest(min_version=5, max_version=9), timeout=10)
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
