@@ -12,11 +12,11 @@ meanwhile it is quarantined.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, NamespaceId, Status
+from kvfabric_nodes.deadlines import Deadlines
 from kvfabric_nodes.eviction import Eviction
 from kvfabric_nodes.extents import Extent, Extents, slot_bytes
 from kvfabric_nodes.promises import Books, Grant, Item, Lease, Limits, Reservation, Session, Tally
@@ -44,7 +44,7 @@ class NodeCore:
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
         self._writing: dict[tuple[NamespaceId, Key], Reservation] = {}
-        self._deadlines: list[tuple[float, int, Reservation | Lease | Shard]] = []
+        self._deadlines = Deadlines()
         self._ids = 0
         self._tenants: dict[NamespaceId, str] = {}
         self._eviction = Eviction(extents, self.shards, self.drop)
@@ -135,7 +135,7 @@ class NodeCore:
         if not reservation.items:
             return None, grants
         session.reservations[reservation.id] = reservation
-        self._remind(reservation.deadline_s, reservation)
+        self._deadlines.add(reservation.deadline_s, reservation)
         return reservation, grants
 
     def _reserve_one(
@@ -212,7 +212,7 @@ class NodeCore:
         self.shards.add(shard)
         self._report_added(shard)
         if shard.expires_s is not None:
-            self._remind(shard.expires_s, shard)
+            self._deadlines.add(shard.expires_s, shard)
         self.tally.commits += 1
         self.story.note(now_s, shard.namespace, shard.key, "committed", f"by {shard.owner}")
         return Grant(Status.OK, extent)
@@ -283,7 +283,7 @@ class NodeCore:
         deadline_s = now_s + self.bounded(lease_s)
         lease = Lease(self._next_id(), session, held, deadline_s, now_s, size_bytes, streamed)
         session.leases[lease.id] = lease
-        self._remind(lease.deadline_s, lease)
+        self._deadlines.add(lease.deadline_s, lease)
         return lease, found
 
     def renew(self, session: Session, lease_id: int, lease_s: float, now_s: float) -> None:
@@ -291,7 +291,7 @@ class NodeCore:
         if lease.expired:
             raise Refused(f"lease {lease_id} has expired; acquire again and renew it sooner")
         lease.deadline_s = now_s + self.bounded(lease_s)
-        self._remind(lease.deadline_s, lease)
+        self._deadlines.add(lease.deadline_s, lease)
 
     def lease(self, session: Session, lease_id: int) -> Lease:
         found = session.leases.get(lease_id)
@@ -320,7 +320,7 @@ class NodeCore:
         for key in keys:
             shard = self.shards.get(namespace, key)
             if shard is not None and shard.expires_s is not None:
-                self._remind(max(now_s, shard.expires_s), shard)
+                self._deadlines.add(max(now_s, shard.expires_s), shard)
         return statuses
 
     def _set_pins(
@@ -381,18 +381,17 @@ class NodeCore:
 
     def tick(self, now_s: float) -> None:
         """Ends every promise whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            deadline_s, _, promise = heapq.heappop(self._deadlines)
+        for deadline_s, promise in self._deadlines.due(now_s):
             if isinstance(promise, Reservation):
                 self._expire_reservation(promise)
             elif isinstance(promise, Lease):
-                if promise.deadline_s <= deadline_s and promise.id in promise.session.leases:
+                if promise.deadline_s <= deadline_s:  # else it was renewed
                     self._expire_lease(promise)
-            elif promise.present and not promise.pinned:
+            elif not promise.pinned:
                 self.drop(promise, "expired", "its time to live ended", now_s)
 
     def next_deadline_s(self) -> float | None:
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.next_s()
 
     # The books ------------------------------------------------------------------
 
@@ -463,9 +462,6 @@ class NodeCore:
     def _next_id(self) -> int:
         self._ids += 1
         return self._ids
-
-    def _remind(self, at_s: float, promise: Reservation | Lease | Shard) -> None:
-        heapq.heappush(self._deadlines, (at_s, self._next_id(), promise))
 
     def _settle(self, reservation: Reservation, index: int) -> Item:
         """One item leaves its reservation; an empty reservation leaves its session."""
