@@ -94,7 +94,7 @@ class Island:
 
     @property
     def log(self) -> str:
-        return (self.runtime_dir / deploy.LOG_NAME).read_text()
+        return (self.runtime_dir / deploy.LOG_NAME).read_text()[-2000:]
 
     def status(self) -> dict[str, Any]:
         """`kvfabric status --json`; without a manager or nodes while nothing answers."""
@@ -144,7 +144,10 @@ class Deployed:
 
 def _titled(process: processes.Process, title: str) -> bool:
     """Ray names an actor's process by its class."""
-    return Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(title.encode())
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(title.encode())
+    except OSError:  # it has ended meanwhile
+        return False
 
 
 @pytest.fixture(scope="session")

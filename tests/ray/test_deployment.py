@@ -186,6 +186,28 @@ def test_local_puts_and_gets_go_on_without_the_manager_and_it_learns_of_them(
     assert status["manager"]["replicas"] == sum(n["tiers"][0]["shards"] for n in status["nodes"])
 
 
+def test_a_manager_that_cannot_start_again_yet_returns_when_it_can(deployed: Any) -> None:
+    database = deployed.island.runtime_dir / "manager.db"
+    aside = deployed.island.runtime_dir / "manager.db.aside"
+    database.rename(aside)
+    database.mkdir()
+    mark = deployed.fabric.mark
+    deployed.kill(deployed.manager_process())
+    before = set(processes.marked(mark))
+    tries: set[processes.Process] = set()
+
+    def tried_twice() -> bool:
+        tries.update(process for process in processes.marked(mark) if process not in before)
+        return len(tries) >= 2
+
+    deployed.island.eventually(tried_twice)
+    database.rmdir()
+    aside.rename(database)
+
+    deployed.island.eventually(lambda: deployed.island.status()["manager"]["alive"])
+    deployed.island.eventually(lambda: deployed.island.node("n1"))
+
+
 def test_a_ray_node_that_joins_gets_its_rmanager_by_itself(deployed: Any) -> None:
     deployed.island.cut_cable()
 

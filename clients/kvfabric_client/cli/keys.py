@@ -171,10 +171,11 @@ def _purged(
     from kvfabric.keys import namespace_id
     from kvfabric.rpc.v1 import node_pb2
 
-    request = node_pb2.PurgeRequest(namespace_id=namespace_id(room), keys=keys, owner=owner)
+    room_id = namespace_id(room)
+    request = node_pb2.PurgeRequest(namespace_id=room_id, keys=keys, owner=owner)
 
     def call(link: Link, at_s: float) -> tuple[int, int]:
-        link.open(room, at_s)
+        link.open(room, room_id, at_s)
         answer = link.call("purge", request, at_s).purge_response
         return answer.shards, answer.size_bytes
 

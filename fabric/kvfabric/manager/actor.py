@@ -7,7 +7,9 @@ works in threads of its own, so that no call of the fabric ever passes through R
 from __future__ import annotations
 
 import importlib
+import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from kvfabric.manager.settings import ManagerSettings
 logger = logs.logger(part="fleet")
 
 ROUND_S = 1.0  # between two looks at Ray's nodes
+RETRY_S = 10.0  # from a failed start of an rManager to the next: each takes a process
 STOP_DEADLINE_S = 5.0
 
 
@@ -51,7 +54,16 @@ class ManagerActor:
     def __init__(self, settings: ManagerSettings, nodes: NodePlan) -> None:
         logs.configure()
         self._server = ManagerServer(settings)
-        self._server.start()
+        try:
+            self._server.start()
+        except Exception:
+            # Ray gives up an actor whose constructor raises, but not one whose process dies: at
+            # its first start `up` wants to hear the reason, later the control plane must return.
+            if not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise
+            logger.exception("the gManager could not start again; it keeps trying")
+            time.sleep(ROUND_S)
+            os._exit(1)
         self._fleet = Fleet(nodes)
         self._fleet.start()
 
@@ -81,6 +93,7 @@ class Fleet:
         self._plan = plan
         self._starting: dict[str, Any] = {}  # name -> reference to the new rManager's answer
         self._troubles: dict[str, str] = {}
+        self._not_before_s: dict[str, float] = {}  # a start that failed is not repeated at once
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
         module, _, name = NODE_ACTOR_CLASS.partition(":")
@@ -107,7 +120,9 @@ class Fleet:
     def _round(self) -> None:
         self._settle()
         for node in lacking(ray.nodes(), ray.util.list_named_actors()):
-            if node.name not in self._starting:
+            if node.name in self._starting:
+                continue
+            if time.monotonic() >= self._not_before_s.get(node.name, 0.0):
                 logger.info("starting an rManager", node=node.name)
                 self._starting[node.name] = self._launch(node).name.remote()
 
@@ -135,4 +150,5 @@ class Fleet:
                 self._troubles.pop(name, None)
             except ray.exceptions.RayError as error:
                 self._troubles[name] = reason(error)
+                self._not_before_s[name] = time.monotonic() + RETRY_S
                 logger.warning("an rManager did not start", node=name, why=reason(error))
