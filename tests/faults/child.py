@@ -6,6 +6,7 @@ Writes a line of JSON for each step, and goes on when it is sent a line.
 from __future__ import annotations
 
 import json
+import mmap
 import random
 import sys
 import time
@@ -15,9 +16,12 @@ import numpy as np
 from blake3 import blake3
 
 from kvfabric import logs
+from kvfabric.checksums import checksums
 from kvfabric.errors import FabricError
-from kvfabric.rpc.v1 import node_pb2
+from kvfabric.keys import namespace_id
+from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import Key, Namespace, Status
+from kvfabric.wire.connection import Connection
 from kvfabric_client import Room, connect
 
 SPACE = Namespace("default", bytes(32), b"faults")
@@ -30,39 +34,35 @@ def say(**facts: object) -> None:
 
 def write(address: str, key: str, size: str, deadline_ms: str) -> None:
     """Reserves, fills half; on a line fills all and commits; on another lets go."""
-    with connect(address, timeout_s=TIMEOUT_S) as client:
-        room = client.open(SPACE)
-        link = client._link(address, client.deadline(None))
-        at_s = client.deadline(None).at_s
-        link.open(SPACE, at_s)
-        request = node_pb2.ReserveRequest(
-            namespace_id=room.id,
-            keys=[bytes.fromhex(key)],
-            size_bytes=[int(size)],
-            deadline_ms=int(deadline_ms),
-        )
-        answer = link.call("reserve", request, at_s).reserve_response
-        segment, offset = answer.segments[0], answer.offsets[0]
-        link.map_segments({segment}, at_s)
-        place = link.place(segment, offset, int(size))
-        place[: len(place) // 2] = 0xEE
-        say(segment=segment, offset=offset)
-        sys.stdin.readline()
-        place[:] = 0xEE
-        sums = checksums_of(np.full(int(size), 0xEE, np.uint8))
-        commit = node_pb2.CommitRequest(reservation=answer.reservation, checksums=sums)
-        try:
-            sealed = link.call("commit", commit, client.deadline(None).at_s).commit_response
-            say(status=sealed.statuses[0], reason=sealed.reasons.get(0, ""))
-        except FabricError as error:
-            say(status=Status.REFUSED, reason=str(error))
-        sys.stdin.readline()
-
-
-def checksums_of(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> list[int]:
-    from kvfabric.checksums import checksums
-
-    return checksums(data.data)
+    wire = Connection(address, time.monotonic() + TIMEOUT_S)
+    hello = node_pb2.HelloRequest(min_version=1, max_version=1, features=["shm"])
+    hello.namespaces.add(tenant=SPACE.tenant, fingerprint=SPACE.fingerprint, salt=SPACE.salt)
+    wire.call("hello", hello, time.monotonic() + TIMEOUT_S)
+    request = node_pb2.ReserveRequest(
+        namespace_id=namespace_id(SPACE),
+        keys=[bytes.fromhex(key)],
+        size_bytes=[int(size)],
+        deadline_ms=int(deadline_ms),
+    )
+    granted = wire.call("reserve", request, time.monotonic() + TIMEOUT_S).reserve_response
+    segment, offset = granted.segments[0], granted.offsets[0]
+    _, (descriptor,) = wire.call_for_descriptors(
+        "map", wire_pb2.MapRequest(segments=[segment]), time.monotonic() + TIMEOUT_S
+    )
+    place = np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)[offset : offset + int(size)]
+    place[: len(place) // 2] = 0xEE
+    say(segment=segment, offset=offset)
+    sys.stdin.readline()
+    place[:] = 0xEE
+    sums = checksums(memoryview(b"\xee" * int(size)))
+    commit = node_pb2.CommitRequest(reservation=granted.reservation, checksums=sums)
+    try:
+        answer = wire.call("commit", commit, time.monotonic() + TIMEOUT_S).commit_response
+        say(status=answer.statuses[0], reason=answer.reasons.get(0, ""))
+    except FabricError as error:
+        say(status=Status.REFUSED, reason=str(error))
+    sys.stdin.readline()
+    wire.close()
 
 
 def hold(address: str, lease_ms: str, *keys: str) -> None:

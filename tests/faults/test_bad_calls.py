@@ -310,6 +310,52 @@ def test_a_grpc_write_that_stalls_ends_by_its_deadline(shared_node: NodeProcess)
         assert books.reserved_bytes == books.quarantined_bytes == 0
 
 
+def test_promises_to_clients_that_share_no_memory_end_by_their_deadline(
+    shared_node: NodeProcess,
+) -> None:
+    """Nobody can touch those extents, so nothing waits for the session's end."""
+    with Wire(shared_node.unix, "shm") as local, Wire(shared_node.tcp) as remote:
+        local.store(key_of(1), bytes(SIZE))
+        late = remote.reserve([key_of(2)], SIZE, deadline_ms=50)
+        lease = node_pb2.AcquireRequest(namespace_id=ROOM, keys=[key_of(1)], lease_ms=50)
+        assert remote.call("acquire", lease).lease
+        until(lambda: shared_node.stats().reservations == 0, "the reservation ends")
+        until(lambda: shared_node.stats().leases == 0, "the lease ends")
+        assert shared_node.tier().quarantined_bytes == 0
+        with pytest.raises(Refused, match="reserve again"):
+            remote.commit(late.reservation, checksums=ZEROS)
+        with Wire(shared_node.unix, "shm", space=None, session=remote.hello.session) as joined:
+            again = remote.reserve([key_of(2)], SIZE)
+            with pytest.raises(Refused, match="open one over unix"):
+                joined.fill(again, bytes(SIZE))
+        local.call("purge", node_pb2.PurgeRequest(namespace_id=ROOM))
+    shared_node.settle()
+
+
+def test_a_grpc_read_that_nobody_fetches_ends_by_its_deadline(shared_node: NodeProcess) -> None:
+    keys = [key_of(number) for number in range(14)]
+    with (
+        shared_node.client() as client,
+        grpc.insecure_channel(shared_node.line["grpc_address"]) as channel,
+    ):
+        room = client.open(SPACE)
+        room.put(keys, [bytes_of(key, 512 << 10) for key in keys])
+        stub = node_pb2_grpc.NodeServiceStub(channel)
+        hello = node_pb2.HelloRequest(min_version=1, max_version=1)
+        hello.namespaces.add(tenant="default", fingerprint=bytes(32), salt=SPACE.salt)
+        session = stub.Hello(hello, timeout=ANSWER_TIMEOUT_S).session.decode()
+        shared_node.guests += 1
+        read = node_pb2.ReadRequest(namespace_id=ROOM, keys=keys, deadline_ms=200)
+        answers = stub.Read(
+            read, timeout=ANSWER_TIMEOUT_S, metadata=(("kvfabric-session", session),)
+        )
+        assert set(next(answers).header.statuses) == {Status.OK}
+        until(lambda: shared_node.stats().leases == 0, "the lease ends")
+        with pytest.raises(grpc.RpcError):
+            list(answers)
+        room.purge()
+
+
 def test_an_answer_too_large_for_a_frame_leaves_no_promise(shared_node: NodeProcess) -> None:
     """A reader that cannot be told of its lease cannot give it back."""
     keys = [key_of(number) for number in range(64)]
