@@ -79,12 +79,12 @@ class CoreMachine(RuleBasedStateMachine):
     def first_session(self) -> Session:
         return self._session("a")
 
-    @rule(target=sessions, tenant=st.sampled_from("ab"))
-    def open_session(self, tenant: str) -> Session:
-        return self._session(tenant)
+    @rule(target=sessions, tenant=st.sampled_from("ab"), shares_memory=st.booleans())
+    def open_session(self, tenant: str, shares_memory: bool) -> Session:
+        return self._session(tenant, shares_memory=shares_memory)
 
-    def _session(self, tenant: str) -> Session:
-        session = self.core.open_session(tenant, tenant)
+    def _session(self, tenant: str, *, shares_memory: bool = True) -> Session:
+        session = self.core.open_session(tenant, tenant, shares_memory=shares_memory)
         self.core.open_namespaces(session, TENANTS[tenant])
         return session
 
@@ -220,6 +220,7 @@ class CoreMachine(RuleBasedStateMachine):
         if lease is None or lease.expired:
             return
         self.core.renew(held.session, held.id, lease_s, self.now_s)
+        held.expires_s = self.now_s + lease_s
 
     @rule(held=consumes(leases))
     def release(self, held: Held) -> None:
@@ -273,14 +274,26 @@ class CoreMachine(RuleBasedStateMachine):
             if at_s <= self.now_s and name not in self.twin.pinned:
                 assert name not in present, "outlived its time"
                 self._gone(name)
+        for held in list(self.twin.leases):
+            lease = held.session.leases.get(held.id)
+            if held.expires_s > self.now_s:
+                assert lease is not None
+                assert not lease.expired
+            elif held.session.shares_memory:
+                assert lease is not None, "let go before its client did"
+                assert lease.expired
+            else:
+                assert lease is None, "a lease that nobody can use binds beyond its deadline"
+                self._forget(held)
         for reservation in self.twin.reservations:
             if reservation.items:
+                assert reservation.session.shares_memory or not reservation.expired
                 over = self.now_s >= self.twin.promised_s[reservation.id]
                 assert reservation.expired == over
 
     @rule(session=sessions)
     def map_memory(self, session: Session) -> None:
-        if session.id in self.core.sessions:
+        if session.id in self.core.sessions and session.shares_memory:
             session.mapped |= {
                 s.id for s in self.core.extents.segments.values() if s.tenant == session.tenant
             }

@@ -197,6 +197,36 @@ def test_a_key_twice_in_a_lease_is_held_until_the_lease_ends(desk: Desk, keys: K
     assert desk.core.books().quarantined_bytes == 0
 
 
+def test_over_a_socket_a_deadline_ends_the_extent_with_the_promise(
+    core: Any, desk: Desk, keys: Keys
+) -> None:
+    """Its client maps nothing: what it does not stream through the node, it cannot touch."""
+    desk.session = core.open_session("a", "a", shares_memory=False)
+    desk.put(keys(0))
+    lease = desk.lease(keys(0), lease_s=5)
+    desk.granted(keys(1), deadline_s=5)
+    desk.wait(6)
+    books = core.books()
+    assert (books.reserved_bytes, books.quarantined_bytes, books.held_bytes) == (0, 0, 1024)
+    with pytest.raises(Refused, match=f"no lease {lease}"):
+        core.renew(desk.session, lease, 5, desk.now_s)
+
+
+def test_what_the_node_streams_is_its_own_to_give_back(core: Any, desk: Desk, keys: Keys) -> None:
+    desk.session = core.open_session("a", "a", shares_memory=False)
+    desk.put(keys(0))
+    lease, _ = core.acquire(desk.session, desk.namespace, keys(0), 5, 0.0, streamed=True)
+    reservation, _ = core.reserve(
+        desk.session, desk.namespace, keys(1), [None], [1024], 1, 5, 0, 0.0, streamed=True
+    )
+    desk.wait(6)
+    core.purge(desk.session, desk.namespace, keys(0), "", desk.now_s)
+    assert core.books().quarantined_bytes == 2048
+    core.release(desk.session, [lease.id])
+    core.abort(reservation)
+    assert core.books().quarantined_bytes == 0
+
+
 def test_leases_of_a_session_that_ends_end_with_it(core: Any, desk: Desk, keys: Keys) -> None:
     desk.put(keys(0))
     desk.lease(keys(0))
