@@ -58,9 +58,11 @@ def _options(
         bool, typer.Option("--verbose", "-v", help="Log what is done, to standard error.")
     ] = False,
 ) -> None:
+    import os
+
     from kvfabric import logs
 
-    logs.configure("debug" if verbose else None)
+    logs.configure("debug" if verbose else os.environ.get(logs.LEVEL_VARIABLE) or "warning")
 
 
 if __name__ == "__main__":

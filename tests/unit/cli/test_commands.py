@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
 import typer
 from typer.testing import CliRunner
 
@@ -37,8 +38,9 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+def run(*arguments: str, answer: str = "") -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(arguments), input=answer, env={"COLUMNS": "80"})
+    structlog.reset_defaults()  # the command logs to the runner's stderr, which is closed now
     return done.exit_code, done.stdout, done.stderr
 
 
@@ -95,11 +97,11 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_asked(
 
 
 def test_purge_asks_first(runtime_dir: Path) -> None:
-    done = CliRunner().invoke(app, ["purge", "--namespace", "00" * 32], input="n\n")
+    status_code, out, _ = run("purge", "--namespace", "00" * 32, answer="n\n")
 
-    assert done.exit_code == 1
-    assert "Erase the whole namespace" in done.stdout
-    assert "erased" not in done.stdout
+    assert status_code == 1
+    assert "Erase the whole namespace" in out
+    assert "erased" not in out
 
 
 def test_purge_fails_where_no_node_is_reached(runtime_dir: Path) -> None:
