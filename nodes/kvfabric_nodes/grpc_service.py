@@ -119,7 +119,8 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             raise
         guest.calls += 1
         started_s = self._handler.clock.now()
-        # A reader that does not read blocks `yield`: its call is cancelled from outside.
+        # A reader that does not read blocks `yield`, so the call is cancelled from outside. Its
+        # status waits behind the payload; such a reader learns of it by its own deadline.
         call = asyncio.current_task()
         assert call is not None
         deadline = asyncio.get_running_loop().call_later(deadline_s, call.cancel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -201,17 +202,28 @@ def test_sigterm_with_open_sessions_leaves_nothing(start_node: Starter, kind: st
         granted = wire.reserve([key_of(9)], SIZE)
         assert granted.reservation
         bulk = Wire(address, "bulk", space=None, session=wire.hello.session)
+        memory = _inodes(Path(f"/proc/{node.pid}/fd"))
+        assert len(memory) == 16
         with room.view(keys), suppress(Retry):
             assert node.end() == 0
             node.killed = True  # on purpose, and cleanly
         bulk.close()
-        assert not Path(node.unix.removeprefix("unix:")).exists()
-        # Our own mappings are the only ones left, and they go with the client.
-        for each in Path("/proc").glob("[0-9]*/fd/*"):
-            with suppress(OSError):
-                target = os.readlink(each)
-                if "memfd:kvfabric" in target:
-                    assert int(each.parts[2]) != node.pid
+    assert not Path(node.unix.removeprefix("unix:")).exists()
+    del room  # and with it the last mapping on our side
+    gc.collect()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            mapped = {line.split()[4] for line in maps.read_text().splitlines() if "memfd:" in line}
+            assert not mapped & memory, f"{maps} still maps the node's memory"
+
+
+def _inodes(descriptors: Path) -> set[str]:
+    """Of the memory files among a process's descriptors."""
+    return {
+        str(each.stat().st_ino)
+        for each in descriptors.iterdir()
+        if "memfd:kvfabric" in os.readlink(each)
+    }
 
 
 def test_a_second_node_of_the_same_name_is_refused(start_node: Starter, folder: Path) -> None:
