@@ -104,6 +104,11 @@ def test_nothing_listens_beyond_loopback(deployed: Any) -> None:
     assert {address for address in map(ip_of, listening) if not address.is_loopback} == set()
 
 
+def test_no_other_user_reaches_the_sockets_of_ray(deployed: Any) -> None:
+    assert (Path(deployed.fabric.scratch) / "ray").is_dir()
+    assert Path(deployed.fabric.scratch).stat().st_mode & 0o077 == 0
+
+
 def ip_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The kernel prints addresses as 32-bit words of the machine's byte order."""
     words = [bytes.fromhex(text[start : start + 8])[::-1] for start in range(0, len(text), 8)]

@@ -45,7 +45,8 @@ class LocalRay:
         head = not self._nodes
         parameters = RayParams(
             node_ip_address=LOOPBACK,
-            temp_dir=self._plan.scratch,
+            # Ray opens its directory to everybody: so it is one inside of ours.
+            temp_dir=f"{self._plan.scratch}/ray",
             object_store_memory=OBJECT_STORE_BYTES,
             num_cpus=0,
             num_gpus=0,
