@@ -44,6 +44,8 @@ class Memory:
         # ctypes releases the GIL for the call, Python's own madvise does not.
         try:
             populate(self._map, self.ready_bytes, size_bytes, write=True)
+        except ValueError:  # closed meanwhile: the segment was replaced
+            return False
         except OSError as error:
             log.warning("prefault_failed", why=str(error), effect="first writes will be slower")
             self.ready_bytes = self.size_bytes

@@ -61,6 +61,15 @@ class Twin:
     promised_s: dict[int, float] = field(default_factory=dict)
 
 
+WHAT_IS_PUT: dict[str, Any] = {
+    "data": st.data(),
+    "numbers": st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=6),
+    "size_bytes": st.sampled_from(SIZES),
+    "chained": st.booleans(),
+    "ttl_s": st.sampled_from([0.0, 0.0, 3.0]),
+}
+
+
 class CoreMachine(RuleBasedStateMachine):
     sessions = Bundle("sessions")
     reservations = Bundle("reservations")
@@ -91,14 +100,19 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         target=reservations,
         session=sessions,
-        data=st.data(),
-        numbers=st.lists(st.integers(0, len(KEYS) - 1), min_size=1, max_size=6),
-        size_bytes=st.sampled_from(SIZES),
-        chained=st.booleans(),
         deadline_s=st.sampled_from([1.0, 5.0, 100.0]),
-        ttl_s=st.sampled_from([0.0, 0.0, 3.0]),
+        **WHAT_IS_PUT,
     )
-    def reserve(
+    def reserve(self, **what: Any) -> Any:
+        return self._reserve(**what) or multiple()
+
+    @rule(session=sessions, **WHAT_IS_PUT)
+    def put(self, **what: Any) -> None:
+        reservation = self._reserve(deadline_s=5.0, **what)
+        for index in list(reservation.items) if reservation else ():
+            self._seal(reservation, index)
+
+    def _reserve(
         self,
         session: Session,
         data: Any,
@@ -107,9 +121,9 @@ class CoreMachine(RuleBasedStateMachine):
         chained: bool,
         deadline_s: float,
         ttl_s: float,
-    ) -> Any:
+    ) -> Reservation | None:
         if session.id not in self.core.sessions:
-            return multiple()
+            return None
         namespace = data.draw(st.sampled_from(TENANTS[session.tenant]))
         keys = [KEYS[number] for number in numbers]
         parents = [None, *keys[:-1]] if chained else [None] * len(keys)
@@ -147,7 +161,7 @@ class CoreMachine(RuleBasedStateMachine):
             spans.append(grant.extent)
         if reservation is None:
             assert Status.OK not in [grant.status for grant in grants]
-            return multiple()
+            return None
         self.twin.reservations.append(reservation)
         self.twin.promised_s[reservation.id] = self.now_s + min(deadline_s, 50.0)
         return reservation
@@ -162,7 +176,7 @@ class CoreMachine(RuleBasedStateMachine):
             self._seal(reservation, index)
         assert not reservation.items
 
-    def _seal(self, reservation: Reservation, index: int) -> None:
+    def _seal(self, reservation: Any, index: int) -> None:
         item = reservation.items.get(index)
         late = self.now_s >= self.twin.promised_s[reservation.id]
         grant = self.core.seal(reservation, index, (1,), self.now_s)
