@@ -53,6 +53,7 @@ class Heartbeat:
             options=[
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.enable_http_proxy", 0),  # a manager is never behind one
             ],
         )
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
