@@ -106,11 +106,14 @@ class CoreMachine(RuleBasedStateMachine):
     def reserve(self, **what: Any) -> Any:
         return self._reserve(**what) or multiple()
 
-    @rule(session=sessions, **WHAT_IS_PUT)
-    def put(self, **what: Any) -> None:
-        reservation = self._reserve(deadline_s=5.0, **what)
-        for index in list(reservation.items) if reservation else ():
-            self._seal(reservation, index)
+    @rule(session=sessions, rounds=st.integers(1, 4), **WHAT_IS_PUT)
+    def put(self, rounds: int, **what: Any) -> None:
+        for _ in range(rounds):
+            reservation = self._reserve(deadline_s=5.0, **what)
+            for index in list(reservation.items) if reservation else ():
+                self._seal(reservation, index)
+            what["numbers"] = [(number + 3) % len(KEYS) for number in what["numbers"]]
+            what["size_bytes"] = what["data"].draw(st.sampled_from(SIZES))
 
     def _reserve(
         self,
@@ -413,7 +416,7 @@ def _overlap(a: Extent, b: Extent) -> bool:
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
-    max_examples=80,
+    max_examples=100,
     stateful_step_count=80,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

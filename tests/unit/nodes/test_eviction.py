@@ -96,9 +96,13 @@ def test_a_slab_does_not_move_from_under_a_pinned_continuation(desk: Desk, keys:
     desk.put(keys(0), 1024)
     desk.put(keys(1), 4096, parents=keys(0))
     desk.core.pin(desk.session, desk.namespace, keys(1))
-    for number in range(100, 130):
-        desk.put(keys(number), 2048)
+    desk.put(keys(*range(100, 104)), 2048)
+    desk.core.pin(desk.session, desk.namespace, keys(*range(100, 104)))
+    assert desk.put(keys(104), 2048) == [Status.RETRY]
     assert desk.holds(keys(0, 1)) == [True, True]
+
+    desk.core.unpin(desk.session, desk.namespace, keys(1), 0.0)
+    assert desk.put(keys(104), 2048) == [Status.OK]
 
 
 def test_a_mixed_workload_wastes_little_and_keeps_what_is_warm() -> None:
