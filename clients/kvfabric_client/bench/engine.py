@@ -91,7 +91,7 @@ def run(plan: EnginePlan, steps: Steps) -> Report:
                         plan.out / f"bench-{store}.log",
                     )
                 )
-                for store, place in (("kvfabric", fabric.home), ("none", ""))
+                for store, place in (("kvfabric", fabric.homes[0]), ("none", ""))
             ]
             wait_all_ready(engines)
         ours, bare = (Side(plan, engine, prompts) for engine in engines)

@@ -40,13 +40,9 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class LocalFabric:
-    """The addresses of its nodes; the first is the home of every engine."""
+    """The addresses of its nodes: an engine has one of them as its home."""
 
     homes: tuple[str, ...]
-
-    @property
-    def home(self) -> str:
-        return self.homes[0]
 
     def moved(self) -> Moved:
         totals: dict[str, float] = {}

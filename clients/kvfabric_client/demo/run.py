@@ -1,8 +1,10 @@
 """The main job: one engine stores a long prompt's KV and ends, a fresh one loads it.
 
-Each prompt is cold in the first pair of engines and warm in the second. Within a pair, one
-engine has kvfabric behind it and the other vLLM's ExampleConnector on a RAM-backed folder;
-they answer in turns, so that whatever else the machine does falls on both.
+The first engine's home is one node of the fabric and the second's the other, so that what is
+loaded was found by the directory. Each prompt is cold in the first pair of engines and warm in
+the second. Within a pair, one engine has kvfabric behind it and the other vLLM's
+ExampleConnector on a RAM-backed folder; they answer in turns, so that whatever else the machine
+does falls on both.
 """
 
 from __future__ import annotations
@@ -96,10 +98,12 @@ def _measure(
     ram: Path | None,
     steps: Steps,
 ) -> Result:
-    specs = _specs(plan, engine, model, fabric, ram)
+    first_home, second_home = fabric.homes
+    specs = _specs(plan, engine, model, first_home, ram)
     with _pair("first", specs, prompts, plan.out, steps) as pair:
         cold = [_answered(pair, "cold", index, prompts, steps) for index in range(plan.runs)]
     stored = fabric.moved()
+    specs = _specs(plan, engine, model, second_home, ram)
     with _pair("second", specs, prompts, plan.out, steps) as pair:
         version = pair.version
         start = fabric.moved()
@@ -159,11 +163,9 @@ def _answered(
     return ours, example
 
 
-def _specs(
-    plan: Plan, engine: str, model: Path, fabric: LocalFabric, ram: Path | None
-) -> list[EngineSpec]:
+def _specs(plan: Plan, engine: str, model: Path, home: str, ram: Path | None) -> list[EngineSpec]:
     context_tokens = max(plan.tokens, WARM_UP_TOKENS) + EQUAL_TOKENS
-    stores = [("kvfabric", fabric.home)] + ([("example", str(ram))] if ram else [])
+    stores = [("kvfabric", home)] + ([("example", str(ram))] if ram else [])
     return [EngineSpec(engine, str(model), store, at, context_tokens) for store, at in stores]
 
 
