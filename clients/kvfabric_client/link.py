@@ -162,8 +162,10 @@ class Link:
         connection = Connection(self.address, deadline_s, self._released)
         try:
             self._greet(connection, list(features), self.hello.session, deadline_s)
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if isinstance(error, Refused) and not self.alive():
+                raise Unreachable(f"the session with {self.address} has ended") from error
             raise
         return connection
 

@@ -14,8 +14,10 @@ import pytest
 
 import kvfabric_client
 from kvfabric.errors import DeadlineExceeded, Refused, Retry, Unreachable
+from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Namespace, Status
 from kvfabric_client import Client, Room
+from kvfabric_client.link import Link
 from kvfabric_nodes.node import Node
 
 from .conftest import Start, address, core_of, key, payload
@@ -189,6 +191,20 @@ def test_a_client_goes_on_with_a_node_that_was_restarted(start: Start) -> None:
                 room.match([key(1)])
 
 
+def test_a_session_that_ended_with_its_node_is_unreachable_not_refused(start: Start) -> None:
+    """Another node answers at the same address, and knows nothing of the session."""
+    node = start("n0")
+    deadline_s = time.monotonic() + 10
+    with contextlib.closing(Link(address(node, "unix"), "default", b"", deadline_s)) as link:
+        link.call("stats", node_pb2.StatsRequest(), deadline_s)
+        node.stop()
+        start("n0")
+        with pytest.raises(Unreachable, match="has ended"):
+            link.call("stats", node_pb2.StatsRequest(), deadline_s)
+        with pytest.raises(Unreachable, match="has ended"), link.bulk(deadline_s):
+            pass
+
+
 def _stored(room: Room) -> bool:
     try:
         return room.put([key(1)], [b"x"]) == [Status.OK]
@@ -265,7 +281,6 @@ def test_a_mapping_that_fails_leaves_no_lease_behind(
         writer.open(SPACE).put([key(1)], [payload(0, 1000)])
     with kvfabric_client.connect(address(node, "unix")) as client:
         room = client.open(SPACE)
-        from kvfabric_client.link import Link
 
         def fail(*_: Any) -> None:
             raise Refused("no descriptors left")
