@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
-import structlog
-
 from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
+from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import DEFAULT_TENANT, Key, Namespace, NamespaceId
 from kvfabric_client import discovery
@@ -27,7 +26,7 @@ from kvfabric_client.link import Link
 from kvfabric_client.manager import Manager
 from kvfabric_client.room import Room
 
-log = structlog.get_logger(__name__)
+log = guest_logger(__name__)
 
 T = TypeVar("T")
 

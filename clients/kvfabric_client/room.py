@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import structlog
 
 from kvfabric.errors import Refused, Unreachable
 from kvfabric.keys import namespace_id
+from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status, Tier
 from kvfabric_client import shm, stream
@@ -22,7 +22,7 @@ from kvfabric_client.link import Link
 if TYPE_CHECKING:
     from kvfabric_client.client import Client
 
-log = structlog.get_logger(__name__)
+log = guest_logger(__name__)
 
 
 class Room:

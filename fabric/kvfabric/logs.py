@@ -1,4 +1,4 @@
-"""Logging of every process: structlog on stderr, JSON where nobody watches.
+"""Logging of every process of ours: structlog on stderr, JSON where nobody watches.
 
 A cause id, bound by `cause`, is in every line that is logged inside it.
 """
@@ -53,6 +53,24 @@ def configure(level: str | None = None) -> None:
 def logger(**values: object) -> structlog.typing.FilteringBoundLogger:
     """A logger whose every line carries `values`. Call it as log.info("what", key=value)."""
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(**values))
+
+
+def guest_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger for code in somebody else's process, the SDK's: lines go to the standard
+    library's logging, which that process configures as it likes.
+    """
+    return cast(
+        structlog.stdlib.BoundLogger,
+        structlog.wrap_logger(
+            logging.getLogger(name),
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.KeyValueRenderer(key_order=["event"]),
+            ],
+            wrapper_class=structlog.stdlib.BoundLogger,
+        ),
+    )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-import structlog
 import torch
 from blake3 import blake3
 from transformers import DynamicCache, PreTrainedModel
@@ -17,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvfabric.errors import FabricError, Refused, Unsupported
 from kvfabric.keys import chain, fingerprint_digest, shard_key
+from kvfabric.logs import guest_logger
 from kvfabric.types import DEFAULT_TENANT, Fingerprint, Format, Key, Namespace, Part, Status
 from kvfabric_client import Client, Room
 from kvfabric_client.integrations.fingerprint import named_digest, settings_digest
@@ -29,7 +29,7 @@ HELD = (Status.OK, Status.EXISTS)
 # What a config says of the files and of the run, not of the KV.
 UNRELATED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype")
 
-log = structlog.get_logger(__name__)
+log = guest_logger(__name__)
 
 
 class PrefixStore:
