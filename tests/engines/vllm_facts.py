@@ -1,17 +1,19 @@
 """What the vLLM connector makes of configurations, found without starting an engine.
 
-Run as a script: MODEL OTHER_WEIGHTS; prints one line of JSON.
+Run as a script: MODEL OTHER_WEIGHTS FOLDER; prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 
-def main(model: str, other: str) -> None:
+def main(model: str, other: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
     import torch
@@ -85,6 +87,7 @@ def main(model: str, other: str) -> None:
             ]
             for dtype in (torch.float32, torch.float16, torch.bfloat16)
         },
+        "dropped": _dropped(shape_of(config(), cache(full)), Path(folder) / "silent.sock"),
     }
     print(json.dumps(said), file=answers, flush=True)
 
@@ -106,6 +109,30 @@ def _packed_plainly(dtype: Any) -> bool:
     return torch.equal(k, key.permute(1, 2, 0).reshape(heads, -1)) and torch.equal(
         v, value.permute(1, 0, 2).reshape(heads, -1)
     )
+
+
+def _dropped(shape: Any, silent: Path) -> list[int]:
+    """Blocks dropped of five, of which three may be queued, by a node that never answers:
+    when `save` returns, and after the flush."""
+    import torch
+
+    from kvfabric.types import Namespace
+    from kvfabric_client.integrations._vllm_layout import BlockMemory
+    from kvfabric_client.integrations._vllm_link import Door
+    from kvfabric_client.integrations._vllm_messages import Blocks
+    from kvfabric_client.integrations._vllm_worker import Saver
+
+    memory = BlockMemory({name: torch.zeros(8, 2, 32, 64) for name in "abcd"}, 8)
+    with socket.socket(socket.AF_UNIX) as node:
+        node.bind(str(silent))
+        node.listen()
+        door = Door(f"unix:{silent}", Namespace("default", bytes(32)))
+        saver = Saver(memory, shape, 0, door, 3 * memory.shard_bytes)
+        links = tuple(bytes([n]) * 32 for n in range(5))
+        saver.save(Blocks(first=0, links=links, block_ids=(7, 5, 3, 1, 0)))
+        at_once = saver.counters.save_dropped
+        saver.close()
+        return [at_once, saver.counters.save_dropped]
 
 
 if __name__ == "__main__":

@@ -50,15 +50,16 @@ class Link:
         """Whether a call made now would not even try."""
         return self._down_until_s is not None and self._clock.now() < self._down_until_s
 
-    def call(self, action: Callable[[Room], T]) -> T | None:
+    def call(self, action: Callable[[Room], T], open_s: float | None = None) -> T | None:
         """What `action` returns of the room, or None: the link is down, or it failed.
 
-        Nothing is raised, and each outage is one line in the log.
+        `open_s`: how long opening the room may take, if not as long as any call. Nothing is
+        raised, and each outage is one line in the log.
         """
         if self.is_down:
             return None
         try:
-            answer = action(self._opened())
+            answer = action(self._opened(self._timeout_s if open_s is None else open_s))
         except FabricError as error:
             self._fail(error)
             return None
@@ -78,10 +79,10 @@ class Link:
             except Exception:
                 log.debug("closing", exc_info=True)
 
-    def _opened(self) -> Room:
+    def _opened(self, timeout_s: float) -> Room:
         if self._room is None:
             self._client = connect(
-                self._door.home, tenant=self._door.namespace.tenant, timeout_s=self._timeout_s
+                self._door.home, tenant=self._door.namespace.tenant, timeout_s=timeout_s
             )
             self._room = self._client.open(self._door.namespace)
         return self._room

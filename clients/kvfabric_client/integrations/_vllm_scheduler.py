@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvfabric_client import Room
 
 MATCH_TIMEOUT_S = 0.25  # the engine stands still meanwhile
+START_TIMEOUT_S = 2.0
 MATCH_FRESH_S = 0.5  # a request that waits for memory is asked about in every step
 
 
@@ -52,7 +53,8 @@ class SchedulerSide:
         self._first_heads = shape.first_heads()
         self._tracked: dict[str, _Tracked] = {}
         self._jobs = StepJobs()
-        self._link.call(lambda room: room.id)  # the first request need not wait for it
+        # Before there are requests it may take longer; then the first finds it open.
+        self._link.call(lambda room: room.id, START_TIMEOUT_S)
 
     def match(self, request: Request, computed_tokens: int) -> int:
         """Tokens beyond `computed_tokens` that every rank could load; leaves one to compute."""

@@ -22,7 +22,6 @@ from kvfabric_client.integrations._vllm_layout import BlockMemory, Bytes, Shape
 from kvfabric_client.integrations._vllm_link import Door, Link, log
 from kvfabric_client.integrations._vllm_messages import Blocks, Load, StepJobs
 
-CONNECT_TIMEOUT_S = 1.0
 SAVE_BATCH = 16  # shards a call
 SAVE_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 5.0
@@ -57,7 +56,7 @@ class Loader:
         self._first_head = first_head
         self._room_id = namespace_id(door.namespace)
         self._timeout_s = timeout_s
-        self._link = Link(door, "a vLLM worker's loads", CONNECT_TIMEOUT_S)
+        self._link = Link(door, "a vLLM worker's loads", timeout_s)
         self._changed = threading.Condition()
         self._queue: deque[tuple[float, Load]] = deque()
         self._pending = 0
@@ -114,7 +113,8 @@ class Loader:
 
     def _load(self, blocks: Blocks, until_s: float) -> set[int]:
         """Fill the blocks; returns those that were not filled."""
-        statuses = self._link.call(partial(self._fill, blocks, until_s))
+        open_s = max(0.0, until_s - time.monotonic())
+        statuses = self._link.call(partial(self._fill, blocks, until_s), open_s)
         if statuses is None:
             return set(blocks.block_ids)
         return {
@@ -147,11 +147,12 @@ class Saver:
         self._shape = shape
         self._first_head = first_head
         self._room_id = namespace_id(door.namespace)
-        self._link = Link(door, "a vLLM worker's saves", CONNECT_TIMEOUT_S)
+        self._link = Link(door, "a vLLM worker's saves", SAVE_TIMEOUT_S)
         self._unused = queue_bytes // memory.shard_bytes  # shards that may still be made
         self._free: list[Bytes] = []  # last in, first out: warm memory first
         self._changed = threading.Condition()
         self._queue: deque[_Save] = deque()
+        self._pending = 0  # queued or being stored
         self._closing = False
         self._flush_until_s = float("inf")
         self.counters = Counters()
@@ -174,15 +175,18 @@ class Saver:
             self._memory.copy_out(block, shard)
             with self._changed:
                 self._queue.append(_Save(key, parent, shard))
+                self._pending += 1
                 self._changed.notify()
 
     def close(self) -> None:
-        """Stores what is queued, for at most `FLUSH_TIMEOUT_S`."""
+        """Stores what is queued, for at most `FLUSH_TIMEOUT_S`; the rest counts as dropped."""
         with self._changed:
             self._closing = True
             self._flush_until_s = time.monotonic() + FLUSH_TIMEOUT_S
             self._changed.notify()
         self._thread.join(FLUSH_TIMEOUT_S)
+        with self._changed:
+            self.counters.save_dropped += self._pending
 
     def _unused_shard(self) -> Bytes | None:
         with self._changed:
@@ -197,9 +201,10 @@ class Saver:
         self._link.call(lambda room: room.id)
         for batch in self._batches():
             stored = self._link.call(partial(self._put, batch))
-            self.counters.saved += stored or 0
-            self.counters.save_dropped += len(batch) - (stored or 0)
             with self._changed:
+                self.counters.saved += stored or 0
+                self.counters.save_dropped += len(batch) - (stored or 0)
+                self._pending -= len(batch)
                 self._free += [save.shard for save in batch]
         self._link.close()
 
