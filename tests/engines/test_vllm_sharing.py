@@ -100,3 +100,4 @@ def test_a_hit_counts_only_if_every_rank_holds_it(
     again = engine.ask(*prompts)
     assert [answer.cached for answer in again] == [320, 480]
     assert [answer.tokens for answer in again] == [answer.tokens for answer in computed]
+    engine.stop()  # killed, its ranks would leave their shared memory behind
