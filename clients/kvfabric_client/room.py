@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfabric.errors import Refused, Unreachable
+from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
 from kvfabric.keys import namespace_id
 from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import node_pb2, types_pb2
-from kvfabric.types import Key, Namespace, Status, Tier
+from kvfabric.types import BATCH_KEYS, Key, Namespace, Status, Tier
 from kvfabric_client import shm, stream
 from kvfabric_client.buffers import Bytes, Pieces
 from kvfabric_client.deadline import Deadline, milliseconds
@@ -38,10 +39,17 @@ class Room:
     ) -> Match:
         """The longest prefix of `keys` that the fabric holds (the home node, if `local_only`)."""
         deadline = self.client.deadline(timeout_s)
-        request = node_pb2.MatchRequest(namespace_id=self.id, keys=keys, local_only=local_only)
-        answer = self._call("match", request, deadline).match_response
-        runs = tuple(Run(run.count, run.node, Tier(run.tier)) for run in answer.runs)
-        return Match(answer.matched, runs)
+        matched, runs = 0, list[Run]()
+        for batch in _batches(len(keys)):
+            request = node_pb2.MatchRequest(
+                namespace_id=self.id, keys=keys[batch], local_only=local_only
+            )
+            answer = self._call("match", request, deadline).match_response
+            runs += [Run(run.count, run.node, Tier(run.tier)) for run in answer.runs]
+            matched += answer.matched
+            if matched < batch.stop:
+                break
+        return Match(matched, tuple(runs))
 
     def put(
         self,
@@ -62,6 +70,21 @@ class Room:
         """
         deadline = self.client.deadline(timeout_s)
         sources = _pieces(keys, buffers)
+        statuses: list[Status] = []
+        for batch in _batches(len(keys)):
+            some = parents[batch] if parents else None
+            statuses += self._put(keys[batch], sources[batch], some, layers, ttl_s, deadline)
+        return statuses
+
+    def _put(
+        self,
+        keys: Sequence[Key],
+        sources: Sequence[Pieces],
+        parents: Sequence[Key | None] | None,
+        layers: int,
+        ttl_s: float,
+        deadline: Deadline,
+    ) -> list[Status]:
         header: dict[str, Any] = {
             "namespace_id": self.id,
             "keys": keys,
@@ -193,14 +216,23 @@ class Room:
         self, keys: Sequence[Key], target: shm.Target, deadline: Deadline, *, verify: bool
     ) -> list[Status]:
         """From the home node, then from wherever the manager knows the rest."""
-        statuses = self.client.at_home(
-            lambda link: self._read(link, keys, target, deadline, verify=verify), deadline
-        )
+        statuses: list[Status] = []
+        for batch in _batches(len(keys)):
+            some = keys[batch]
+
+            def place(index: int, size_bytes: int, start: int = batch.start) -> Pieces | None:
+                return target(start + index, size_bytes)
+
+            statuses += self.client.at_home(
+                partial(self._read, keys=some, target=place, deadline=deadline, verify=verify),
+                deadline,
+            )
         missing = [index for index, status in enumerate(statuses) if status is not Status.OK]
-        if missing:
-            places = self.client.elsewhere(self.id, [keys[i] for i in missing], deadline)
+        for batch in _batches(len(missing)) if missing else ():
+            some = [keys[index] for index in missing[batch]]
+            places = self.client.elsewhere(self.id, some, deadline)
             for address, positions in places.items():
-                indices = [missing[position] for position in positions]
+                indices = [missing[batch][position] for position in positions]
                 found = self._read_at(address, keys, indices, target, deadline, verify=verify)
                 for index, status in zip(indices, found, strict=True):
                     statuses[index] = status
@@ -226,7 +258,7 @@ class Room:
 
         try:
             return self.client.at(address, read, deadline)
-        except Unreachable as error:
+        except (Unreachable, DeadlineExceeded) as error:
             log.warning("node_unreachable", address=address, why=str(error))
             return [Status.MISS] * len(indices)
 
@@ -327,6 +359,12 @@ class View:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _batches(count: int) -> list[slice]:
+    """What one call takes after the other; one, where there is nothing."""
+    starts = range(0, count, BATCH_KEYS) or (0,)
+    return [slice(start, min(start + BATCH_KEYS, count)) for start in starts]
 
 
 def _pieces(keys: Sequence[Key], buffers: Sequence[Any], *, writable: bool = False) -> list[Pieces]:

@@ -15,6 +15,7 @@ NodeId = NewType("NodeId", str)
 DIGEST_BYTES = 32
 DEFAULT_TENANT = "default"
 PROTOCOL_VERSION = 1
+BATCH_KEYS = 4096  # per call; the SDK cuts larger batches
 
 
 class Tier(enum.IntEnum):

@@ -57,7 +57,6 @@ class Identity:
     """Who this node is, for its answers."""
 
     node: str
-    incarnation: int
     token: bytes = b""
     manager: str = ""
 
@@ -139,7 +138,7 @@ class Handler:
         self.core.open_namespaces(session, ids)
         response.version = min(PROTOCOL_VERSION, request.max_version)
         response.node = self.identity.node
-        response.incarnation = self.identity.incarnation
+        response.incarnation = self.metrics.incarnation
         response.namespace_ids.extend(ids)
         response.features.extend(features)
         response.max_shard_bytes = self.core.extents.segment_bytes
@@ -345,7 +344,7 @@ class Handler:
             run.count = matched
             run.node = self.identity.node
             run.tier = types_pb2.TIER_DRAM
-            run.incarnation = self.identity.incarnation
+            run.incarnation = self.metrics.incarnation
         if matched == len(keys) or request.local_only or self.locate is None:
             return None
         return self._match_elsewhere(self.locate, namespace, keys[matched:], response)

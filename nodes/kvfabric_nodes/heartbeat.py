@@ -109,6 +109,7 @@ class Heartbeat:
             if not answer.known_incarnation:
                 break
             self._register.incarnation = answer.known_incarnation + 1
+            self._metrics.incarnation = self._register.incarnation
         if answer.version != PROTOCOL_VERSION:
             raise Unsupported(f"the manager speaks protocol {answer.version}")
         self.epoch = answer.epoch

@@ -117,9 +117,7 @@ class Node:
             stack.callback(arena.close)
             metrics = NodeMetrics(settings.node, self.incarnation, core, arena)
             verifier = stack.enter_context(ThreadPoolExecutor(1, "kvfabric-verify"))
-            identity = Identity(
-                settings.node, self.incarnation, settings.token.encode(), settings.manager
-            )
+            identity = Identity(settings.node, settings.token.encode(), settings.manager)
             handler = Handler(core, arena, self._clock, identity, verifier, metrics)
             stack.push_async_callback(self._end_tasks)
             self._open_metrics(metrics, stack)

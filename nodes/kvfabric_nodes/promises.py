@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kvfabric.types import Key, NamespaceId, Status
+from kvfabric.types import BATCH_KEYS, Key, NamespaceId, Status
 from kvfabric_nodes.extents import Extent
 from kvfabric_nodes.shards import Shard
 
@@ -74,7 +74,7 @@ class Grant:
 class Limits:
     """Every limit of a session's calls, by name."""
 
-    batch_keys: int = 4096
+    batch_keys: int = BATCH_KEYS
     deadline_s: float = 600.0
     reservations: int = 1024  # per session
     leases: int = 4096  # per session

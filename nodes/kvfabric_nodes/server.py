@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from kvfabric.errors import Denied, FabricError, Refused, Retry, to_proto
+from kvfabric.errors import Broken, Denied, FabricError, Refused, Retry, to_proto
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames, sockets
 from kvfabric_nodes.bulk import serve_bulk
@@ -124,9 +124,8 @@ class CallConnection:
             if response is not None:
                 response.SetInParent()
             later = self.server.handler.call(name, self.peer.session, request, response)
-        except FabricError as error:
-            answer.ClearField("body")
-            answer.error.CopyFrom(to_proto(error))
+        except Exception as error:
+            _put_error(answer, error)
             later = None
         if later is None:
             self._answer(answer)
@@ -143,13 +142,8 @@ class CallConnection:
     async def _finish(self, later: Any, answer: wire_pb2.Frame) -> None:
         try:
             await later
-        except FabricError as error:
-            answer.ClearField("body")
-            answer.error.CopyFrom(to_proto(error))
         except Exception as error:
-            log.exception("call_failed")
-            answer.ClearField("body")
-            answer.error.message = f"the node failed: {error!r}; see its log"
+            _put_error(answer, error)
         self._answer(answer)
 
     def _on_hello(self, frame: wire_pb2.Frame, answer: wire_pb2.Frame) -> None:
@@ -433,6 +427,15 @@ class WireServer:
             connection.close()
         if self._threads:
             await self._threads_ended.wait()
+
+
+def _put_error(answer: wire_pb2.Frame, error: Exception) -> None:
+    """The error as the answer. One that is not ours is a bug: the log has the whole of it."""
+    if not isinstance(error, FabricError):
+        log.exception("call_failed")
+        error = Broken(f"the node failed: {error!r}; see its log")
+    answer.ClearField("body")
+    answer.error.CopyFrom(to_proto(error))
 
 
 def _keep_alive(sock: socket.socket) -> None:

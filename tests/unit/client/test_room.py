@@ -147,11 +147,9 @@ def test_a_shard_larger_than_a_segment_is_refused_for_itself_only(room: Room) ->
 def test_a_batch_over_the_node_s_limit_is_refused_with_the_limit(room: Room) -> None:
     keys = _keys(*range(4097))
     with pytest.raises(Refused, match="4097 keys in one batch; the limit is 4096"):
-        room.match(keys)
+        room.pin(keys)
     with pytest.raises(Refused, match="the limit is 4096"):
-        room.get(keys)
-    with pytest.raises(Refused, match="the limit is 4096"):
-        room.put(keys, [b"x"] * len(keys))
+        room.view(keys)
     assert room.put(_keys(1), [b"x"]) == [Status.OK], "the session has survived"
 
 
