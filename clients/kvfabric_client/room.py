@@ -107,9 +107,10 @@ class Room:
             return stream.put(link, stream_header, sources, deadline, checked=checked)
 
         statuses, reasons = self.client.at_home(store, deadline)
-        for index, reason in reasons.items():
-            if statuses[index] is not Status.EXISTS:
-                log.warning("not_stored", key=keys[index].hex()[:16], why=reason)
+        why = {reasons[i] for i in reasons if statuses[i] is not Status.EXISTS}
+        if why:
+            refused = sum(status not in (Status.OK, Status.EXISTS) for status in statuses)
+            log.warning("not_stored", shards=refused, why=sorted(why)[0], reasons=len(why))
         return statuses
 
     def get_into(

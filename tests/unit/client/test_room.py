@@ -148,8 +148,6 @@ def test_a_batch_over_the_node_s_limit_is_refused_with_the_limit(room: Room) -> 
     keys = _keys(*range(4097))
     with pytest.raises(Refused, match="4097 keys in one batch; the limit is 4096"):
         room.pin(keys)
-    with pytest.raises(Refused, match="the limit is 4096"):
-        room.view(keys)
     assert room.put(_keys(1), [b"x"]) == [Status.OK], "the session has survived"
 
 
