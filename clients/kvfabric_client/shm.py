@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -18,9 +19,13 @@ from kvfabric_client.buffers import Pieces
 from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 
-# Commits go out while later shards are still being copied: the node verifies meanwhile.
-# Without checksums it has nothing to verify, and gets one commit for all.
-COMMIT_BYTES = 2 << 20
+# Checked shards are committed in some COMMITS pieces while later ones are being copied: the
+# node verifies meanwhile. Without checksums it has nothing to verify, and gets one commit.
+COMMITS = 4
+MIN_COMMIT_BYTES, MAX_COMMIT_BYTES = 1 << 20, 4 << 20
+# The node's verifying keeps a core busy; a second copying thread needs another one: with two
+# cores it made 16 x 1 MiB take 5.3 ms instead of 4.4.
+SPLIT_CHECKED = len(os.sched_getaffinity(0)) > 2
 # Below this a second copying thread costs more than it brings.
 SPLIT_BYTES = 4 << 20
 
@@ -68,13 +73,24 @@ def put(
     try:
         link.map_segments({segments[index] for index in granted}, deadline.at_s)
         with link.connection(deadline.at_s) as connection:
-            writer = _Writer(connection, answer.reservation, request.layers, deadline, checked)
+            total_bytes = sum(sources[index].size_bytes for index in granted)
+            piece_bytes = min(max(total_bytes // COMMITS, MIN_COMMIT_BYTES), MAX_COMMIT_BYTES)
+            writer = _Writer(
+                connection,
+                answer.reservation,
+                request.layers,
+                deadline,
+                piece_bytes if checked else None,
+            )
             try:
                 shards = [
                     (i, sources[i], link.place(segments[i], offsets[i], sources[i].size_bytes))
                     for i in granted
                 ]
-                _split(shards, writer.fill, sum(sources[i].size_bytes for i in granted), copiers)
+                if checked and not SPLIT_CHECKED:
+                    writer.fill(shards)
+                else:
+                    _split(shards, writer.fill, total_bytes, copiers)
                 writer.finish(statuses, reasons)
             finally:
                 writer.forget()
@@ -96,13 +112,14 @@ class _Writer:
         reservation: int,
         layers: int,
         deadline: Deadline,
-        checked: bool,
+        commit_bytes: int | None,
     ) -> None:
+        """`commit_bytes`: how much goes into a commit; None: all of a thread's, unchecked."""
         self._connection = connection
         self._reservation = reservation
         self._layers = layers or 1
         self._deadline = deadline
-        self._checked = checked
+        self._commit_bytes = commit_bytes
         self._lock = threading.Lock()
         self._commits: list[tuple[int, list[int]]] = []  # (frame id, indices)
 
@@ -113,10 +130,10 @@ class _Writer:
         size_bytes = 0
         for index, source, place in shards:
             self._deadline.check()
-            sums += source.store(place, self._layers, checked=self._checked)
+            sums += source.store(place, self._layers, checked=self._commit_bytes is not None)
             indices.append(index)
             size_bytes += source.size_bytes
-            if self._checked and size_bytes >= COMMIT_BYTES:
+            if self._commit_bytes is not None and size_bytes >= self._commit_bytes:
                 self._commit(indices, sums)
                 indices, sums, size_bytes = [], [], 0
         if indices:
