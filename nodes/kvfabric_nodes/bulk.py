@@ -112,7 +112,7 @@ class _Bulk:
             return lease
 
         try:
-            lease: Lease | None = self._server.on_core(acquire)
+            lease = self._server.on_core(acquire)
         except FabricError as error:
             self.answer(wire_pb2.Frame(id=frame_id, error=to_proto(error)))
             return
@@ -125,10 +125,10 @@ class _Bulk:
         finally:
             if lease is not None:
                 held = lease
-                self._server.on_core(lambda: core.release(self._session, [held.id]))
+                self._server.tell_core(lambda: core.release(self._session, [held.id]))
         if lease is not None:
             elapsed_s = time.monotonic() - started_s
-            self._handler.metrics.read[self._kind].add(lease.size_bytes, elapsed_s)
+            handler.metrics.read[self._kind].add(lease.size_bytes, elapsed_s)
 
     def _send_shards(self, frame_id: int, lease: Lease, statuses: list[int]) -> None:
         found = [index for index, status in enumerate(statuses) if status == Status.OK]
@@ -170,15 +170,16 @@ class _Bulk:
             trailer = self._receive_shards(frame_id, filling)
             fills, wrong = filling.verdicts(trailer)
             settled = self._server.on_core(lambda: handler.settle(reservation, fills, wrong))
-        finally:
-            # Nobody but this thread touches the extents, so what is left can go at once.
-            self._server.on_core(lambda: handler.core.abort(reservation))
+        except BaseException:
+            # Nobody but this thread touches the extents, so they can go at once.
+            self._server.tell_core(lambda: handler.core.abort(reservation))
+            raise
+        elapsed_s = time.monotonic() - started_s
+        handler.metrics.written[self._kind].add(filling.filled_bytes, elapsed_s)
         answer = wire_pb2.Frame(id=frame_id)
         final = [settled.get(index, grant) for index, grant in enumerate(grants)]
         put_verdicts(answer.write_response, final, last=True)
         self.answer(answer)
-        elapsed_s = time.monotonic() - started_s
-        handler.metrics.written[self._kind].add(filling.filled_bytes, elapsed_s)
 
     def _receive_shards(self, frame_id: int, filling: Filling) -> list[int]:
         """Fills the granted extents; answers the trailer's checksums."""
