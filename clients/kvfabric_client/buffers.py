@@ -19,6 +19,10 @@ from kvfabric.errors import Refused
 
 Bytes = NDArray[np.uint8]
 
+# Copied, then hashed, at once: small enough for a core's cache. Every copy lets the GIL go and
+# has to win it back, which a thread beside a busy engine should not do for each small layer.
+STEP_BYTES = 256 << 10
+
 
 def flat(buffer: Any, *, writable: bool = False) -> Bytes:
     """The buffer's bytes as a 1-D uint8 array over the same memory.
@@ -79,18 +83,19 @@ class Pieces:
         """Copies all into `place`; answers the checksums of what was copied.
 
         What is hashed is the source, so that a bit that flips on the way shows; right
-        after its part was copied, while the cache still has it.
+        after it was copied, while the cache still has it.
         """
         target = np.frombuffer(place, dtype=np.uint8)
-        sums: list[int] = []
-        for start, end, pieces in self.cut(layers):
-            for piece in pieces:
-                np.copyto(target[start : start + len(piece)], piece)
-                start += len(piece)
-            assert start == end
+        sums = PartSums(self, layers)
+        for start in range(0, self.size_bytes, STEP_BYTES):
+            end = min(start + STEP_BYTES, self.size_bytes)
+            at = start
+            for piece in self.slices(start, end):
+                np.copyto(target[at : at + len(piece)], piece)
+                at += len(piece)
             if checked:
-                sums.append(_checksum(pieces))
-        return sums
+                sums.reach(end)
+        return sums.sums
 
     def load(self, place: memoryview, layers: int, expected: Sequence[int]) -> bool:
         """Copies all from `place`; False where a checksum of what arrived is wrong."""
