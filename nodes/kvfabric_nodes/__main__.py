@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from kvfabric import logs
 from kvfabric.errors import FabricError
-from kvfabric_nodes.node import Node
+from kvfabric_nodes.node import Node, own_process
 from kvfabric_nodes.settings import NodeSettings
 
 
@@ -36,6 +36,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", help=text)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     logs.configure()
+    own_process()
     try:
         settings: Any = given
         node = Node(NodeSettings(**settings))

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from kvfabric import logs
 from kvfabric.errors import FabricError, Refused
 from kvfabric.settings import make_runtime_dir, runtime_dir
-from kvfabric_nodes.node import Node
+from kvfabric_nodes.node import Node, own_process
 from kvfabric_nodes.settings import NodeSettings
 
 log = structlog.get_logger(__name__)
@@ -37,6 +37,7 @@ class NodeActor:
 
     def __init__(self, name: str, manager: str, memory_bytes: int, directory: str = "") -> None:
         logs.configure()
+        own_process()
         folder = make_runtime_dir(Path(directory) if directory else runtime_dir())
         given: dict[str, Any] = {
             "node": name,
