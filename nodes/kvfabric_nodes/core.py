@@ -319,8 +319,8 @@ class NodeCore:
         statuses = self._set_pins(session, namespace, keys, pinned=False)
         for key in keys:
             shard = self.shards.get(namespace, key)
-            if shard is not None and shard.expires_s is not None:
-                self._deadlines.add(max(now_s, shard.expires_s), shard)
+            if shard is not None and shard.expires_s is not None and shard.expires_s <= now_s:
+                self._deadlines.add(now_s, shard)  # its time came while it was pinned
         return statuses
 
     def _set_pins(

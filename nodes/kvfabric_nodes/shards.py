@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.extents import Extent, Pool
 
+SWEEP_ENTRIES = 1024  # so many of shards that are gone may lie in the heaps
+
 
 @dataclass(slots=True, eq=False)
 class Shard:
@@ -47,6 +49,7 @@ class Shards:
         self._rooms: dict[NamespaceId, dict[Key, Shard]] = {}
         self._children: dict[NamespaceId, dict[Key, dict[Key, None]]] = {}
         self._queues: dict[Pool, list[_Candidate]] = {}
+        self._candidates = 0  # in all queues, with those of shards that are gone
         self._sequence = 0
         self._use = 0
 
@@ -119,6 +122,18 @@ class Shards:
         self._sequence += 1
         candidate = (shard.last_used, self._sequence, shard)
         heapq.heappush(self._queues.setdefault(shard.pool, []), candidate)
+        self._candidates += 1
+        if self._candidates > 2 * self.count + SWEEP_ENTRIES:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Forgets shards that are gone: where there is room, no eviction would come by."""
+        for pool, queue in list(self._queues.items()):
+            queue[:] = [candidate for candidate in queue if candidate[2].present]
+            heapq.heapify(queue)
+            if not queue:
+                del self._queues[pool]
+        self._candidates = sum(map(len, self._queues.values()))
 
     def coldest(self, pool: Pool) -> Shard | None:
         """The evictable shard of the pool that was not used for longest; it stays queued."""
@@ -128,6 +143,7 @@ class Shards:
             if last_used == shard.last_used and self.evictable(shard):
                 return shard
             heapq.heappop(queue)
+            self._candidates -= 1
             shard.queued = False
             self.consider(shard)
         self._queues.pop(pool, None)
@@ -177,6 +193,7 @@ class Shards:
                     child = self.get(namespace, key)
                     assert child is not None
                     assert child.parent == parent
+        assert self._candidates == sum(map(len, self._queues.values()))
         queued = {id(shard) for queue in self._queues.values() for _, _, shard in queue}
         for shard in self:
             assert shard.present

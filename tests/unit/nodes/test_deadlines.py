@@ -1,11 +1,20 @@
-"""The heap of deadlines does not grow with promises that were settled before their time."""
+"""No heap of the core grows with promises that were settled, or shards that are gone."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.deadlines import SWEEP_ENTRIES
 from kvfabric_nodes.extents import Extents
+from kvfabric_nodes.shards import SWEEP_ENTRIES as GONE_ENTRIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Keys = Callable[..., list[Key]]
+    Desk = Any
 
 ROOM = NamespaceId(b"n" * 32)
 KEY = Key(b"k" * 32)
@@ -32,3 +41,26 @@ def test_released_leases_do_not_wait_for_their_deadline() -> None:
     core.tick(600.0)
     assert kept.expired
     core.check()
+
+
+def test_unpinning_again_and_again_adds_no_deadlines(desk: Desk, keys: Keys) -> None:
+    desk.put(keys(1), ttl_s=60.0)
+    before = len(desk.core._deadlines)
+    for _ in range(100):
+        desk.core.pin(desk.session, desk.namespace, keys(1))
+        desk.core.unpin(desk.session, desk.namespace, keys(1), desk.now_s)
+    assert len(desk.core._deadlines) == before
+
+    desk.wait(60.0)
+    assert desk.holds(keys(1)) == [False]
+
+
+def test_shards_that_ended_without_an_eviction_are_forgotten(desk: Desk, keys: Keys) -> None:
+    desk.put(keys(0))
+    for number in range(1, 2 * GONE_ENTRIES):
+        desk.put(keys(number), ttl_s=1.0)
+        desk.wait(1.0)
+        desk.core.check()
+    queued = sum(map(len, desk.core.shards._queues.values()))
+    assert queued <= GONE_ENTRIES + 4
+    assert desk.core.shards.coldest((desk.session.tenant, 1024)).key == keys(0)[0]
