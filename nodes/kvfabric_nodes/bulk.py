@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from kvfabric.errors import FabricError, Refused, Unreachable, to_proto
+from kvfabric.errors import Broken, FabricError, Refused, Unreachable, to_proto
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import NamespaceId, Status
 from kvfabric.wire import frames, sockets
@@ -55,8 +55,10 @@ def serve_bulk(
     except FabricError as error:
         server.handler.metrics.protocol_errors[kind] += 1
         log.warning("bulk_ended", why=str(error))
-        with contextlib.suppress(FabricError):
-            connection.answer(wire_pb2.Frame(error=to_proto(error)))
+        connection.end_with(error)
+    except Exception as error:
+        log.exception("bulk_failed")
+        connection.end_with(Broken(f"the node failed: {error!r}; see its log"))
 
 
 class _Bulk:
@@ -74,6 +76,10 @@ class _Bulk:
     def answer(self, frame: wire_pb2.Frame, payload: memoryview | None = None) -> None:
         head = frames.pack(frame, len(payload) if payload is not None else 0)
         sockets.send(self._sock, head, payload, self._deadline_s)
+
+    def end_with(self, error: FabricError) -> None:
+        with contextlib.suppress(FabricError):
+            self.answer(wire_pb2.Frame(error=to_proto(error)))
 
     def serve_one(self) -> None:
         frame, payload_bytes = sockets.receive_frame(

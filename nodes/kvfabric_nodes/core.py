@@ -170,7 +170,7 @@ class NodeCore:
 
     def reservation(self, session: Session, reservation_id: int) -> Reservation:
         found = session.reservations.get(reservation_id)
-        if found is None:
+        if found is None or found.streamed:  # a stream's is out of the reach of other calls
             raise Refused(
                 f"this session has no reservation {reservation_id}: it was committed or aborted "
                 "before, or never granted; reserve again"

@@ -409,7 +409,9 @@ class Handler:
     def end_leases(self, session: Session, leases: Iterable[int]) -> None:
         """The reader has let go of these."""
         now_s = self.clock.now()
-        for lease in self.core.release(session, leases):
+        held = session.leases
+        own = [i for i in leases if i in held and not held[i].streamed]  # a stream ends its own
+        for lease in self.core.release(session, own):
             self.metrics.read["shm"].add(lease.size_bytes, now_s - lease.granted_s)
 
     async def verify(

@@ -157,7 +157,7 @@ class CallConnection:
             peer = self.server.join(request.session)
             if self.peer not in (None, peer):
                 raise Refused("this connection carries another session; open a new one to join")
-            if self.peer and "bulk" in request.features:
+            if (self.peer or self._unsent) and "bulk" in request.features:
                 raise Refused("this connection carries calls already; open a new one for bulk")
             handler.hello(peer.session, request, answer.hello_response, offered)
             answer.hello_response.session = request.session
@@ -277,13 +277,12 @@ class CallConnection:
         else:
             self.close()
 
-    def detach(self) -> socket.socket:
+    def detach(self) -> None:
         """Gives the socket away."""
         if self._timer is not None:
             self._timer.cancel()
         self._loop.remove_reader(self.sock)
         self.server.connections.discard(self)
-        return self.sock
 
     def close(self) -> None:
         if self.sock.fileno() < 0:
@@ -367,8 +366,7 @@ class WireServer:
         """Hands a bulk connection to a thread of its own, which also sends the answer."""
         if len(self._threads) >= MAX_BULK_CONNECTIONS:
             raise Retry(f"{MAX_BULK_CONNECTIONS} bulk connections are open; close some")
-        sock = connection.detach()
-        peer.connections.add(sock)
+        sock = connection.sock
         kind = "unix" if connection.is_unix else "tcp"
 
         def serve() -> None:
@@ -386,24 +384,28 @@ class WireServer:
             self._left(peer, sock)
 
         thread = threading.Thread(target=serve, name="kvfabric-bulk", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise Retry(f"{error}; close bulk connections, or raise `ulimit -u`") from error
         self._threads.add(thread)
         self._threads_ended.clear()
-        thread.start()
+        connection.detach()
+        peer.connections.add(sock)
 
     def on_core(self, call: Callable[[], T]) -> T:
         """Runs `call` on the loop, and answers or raises what it does. For bulk threads."""
-        errand = _Errand(call)
-        self.tell_core(errand.run)
+        errand = _Errand(lambda: self._on_time(call))
+        self._loop.call_soon_threadsafe(errand.run)
         return errand.result()
 
     def tell_core(self, call: Callable[[], object]) -> None:
         """Runs `call` on the loop, after all that was asked of it before; nobody waits."""
+        self._loop.call_soon_threadsafe(self._on_time, call)
 
-        def run() -> None:
-            self.handler.core.tick(self.handler.clock.now())
-            call()
-
-        self._loop.call_soon_threadsafe(run)
+    def _on_time(self, call: Callable[[], T]) -> T:
+        self.handler.core.tick(self.handler.clock.now())
+        return call()
 
     def closed(self, connection: CallConnection) -> None:
         self.connections.discard(connection)

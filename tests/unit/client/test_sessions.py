@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from kvfabric.errors import Denied, FabricError, Refused, Unsupported
+from kvfabric.errors import Broken, Denied, FabricError, Refused, Retry, Unsupported
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
+from kvfabric.wire import frames, sockets
 from kvfabric.wire.connection import Connection
 from kvfabric_nodes.node import Node
 
@@ -170,3 +172,80 @@ def test_tcp_and_unix_sessions_see_the_same_shards(node: Node) -> None:
         with contextlib.closing(Connection(address(node, kind), soon())) as connection:
             spaces.append(greet(connection, namespaces=[SPACE]).namespace_ids[0])
     assert spaces[0] == spaces[1]
+
+
+def test_a_transfer_without_a_thread_comes_later_and_its_session_ends(
+    connection: Connection, home: str, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = greet(connection, namespaces=[SPACE])
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, contextlib.closing(Connection(home, soon())) as bulk:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(Retry, match="can't start new thread; close bulk connections"):
+            greet(bulk, session=session.session, features=["bulk"])
+    with contextlib.closing(Connection(home, soon())) as bulk:
+        greet(bulk, session=session.session, features=["bulk"])
+    connection.close()
+    assert eventually(lambda: not core_of(node).sessions)
+    node.stop()
+    assert node.wait(0)
+
+
+def test_a_connection_that_owes_answers_takes_no_transfers(node: Node) -> None:
+    home = address(node, "unix")  # its buffers are small
+    owner = Connection(home, soon())
+    session = greet(owner, namespaces=[SPACE])
+    with contextlib.closing(owner), contextlib.closing(sockets.connect(home, soon())) as sock:
+        early = frames.pack(wire_pb2.Frame(id=1, stats_request=node_pb2.StatsRequest()))
+        join = wire_pb2.Frame(id=2, hello_request=hello(session=session.session, features=["bulk"]))
+        sender = threading.Thread(target=sock.sendall, args=(early * 50_000 + frames.pack(join),))
+        sender.start()
+        sender.join(10)  # answers to as many do not fit the socket's buffers
+        scratch = memoryview(bytearray(frames.MAX_HEADER_BYTES))
+        answer = wire_pb2.Frame()
+        while answer.id != 2:
+            answer, _ = sockets.receive_frame(sock, scratch, soon())
+        assert "open a new one for bulk" in answer.error.message
+
+
+def test_a_call_cannot_end_what_a_stream_is_filling(
+    connection: Connection, home: str, node: Node
+) -> None:
+    session = greet(connection, namespaces=[SPACE])
+    header = node_pb2.WriteRequest.Header(
+        namespace_id=session.namespace_ids[0], keys=[key(1)], size_bytes=[1000]
+    )
+    with contextlib.closing(Connection(home, soon())) as bulk:
+        greet(bulk, session=session.session, features=["bulk"])
+        bulk.call("write", node_pb2.WriteRequest(header=header), soon())
+        (reservation,) = (i for s in core_of(node).sessions.values() for i in s.reservations)
+        refused = pytest.raises(Refused, match=f"no reservation {reservation}")
+        with refused:
+            connection.call("abort", node_pb2.AbortRequest(reservation=reservation), soon())
+        with refused:
+            connection.call("commit", node_pb2.CommitRequest(reservation=reservation), soon())
+        assert core_of(node).books().reserved_bytes == 1024
+    assert eventually(lambda: core_of(node).books().reserved_bytes == 0)
+
+
+def test_a_transfer_that_the_node_fails_at_is_answered_and_the_node_stops(
+    connection: Connection, home: str, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = greet(connection, namespaces=[SPACE])
+    with contextlib.closing(Connection(home, soon())) as bulk:
+        greet(bulk, session=session.session, features=["bulk"])
+
+        def fail(now_s: float) -> None:
+            raise AssertionError("a bug")
+
+        read = node_pb2.ReadRequest(namespace_id=session.namespace_ids[0], keys=[key(1)])
+        with monkeypatch.context() as patched:
+            patched.setattr(core_of(node), "tick", fail)
+            with pytest.raises(Broken, match="a bug"):
+                bulk.call("read", read, soon())
+    connection.close()
+    node.stop()
+    assert node.wait(0)
