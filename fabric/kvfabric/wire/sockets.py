@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvfabric.errors import DeadlineExceeded, Refused, Retry, Unreachable
 from kvfabric.rpc.v1 import wire_pb2
@@ -19,10 +20,11 @@ from kvfabric.wire import frames
 
 # Large enough for a bulk frame to be under way while the next one is prepared.
 BULK_BUFFER_BYTES = 4 << 20
-KNOCK_S = 0.002  # between two attempts to connect to a busy listener
 # Of one receive that takes what there is. Python allocates all of it beforehand, and from
 # 128 KiB on malloc maps and unmaps fresh pages every time, which costs 10 to 20 us.
 RECEIVE_BYTES = 64 << 10
+
+_TIMEVAL = struct.Struct("ll")
 
 T = TypeVar("T")
 
@@ -43,7 +45,8 @@ def connect(address: str, deadline_s: float, *, bulk: bool = False) -> socket.so
     if bulk:
         enlarge(sock)
     try:
-        _knock(sock, target, deadline_s)
+        # A unix listener whose backlog is full is waited for.
+        _within(sock, deadline_s, socket.SO_SNDTIMEO, sock.connect, target)
     except BaseException:
         sock.close()
         raise
@@ -59,17 +62,6 @@ def _open(family: int) -> socket.socket:
         ) from error
 
 
-def _knock(sock: socket.socket, target: str | tuple[str, int], deadline_s: float) -> None:
-    """Connects; again and again while a unix listener's backlog is full."""
-    while True:
-        try:
-            return _within(sock, deadline_s, sock.connect, target)
-        except Unreachable as error:
-            if not isinstance(error.__cause__, BlockingIOError):
-                raise
-            time.sleep(KNOCK_S)
-
-
 def enlarge(sock: socket.socket) -> None:
     """Buffers for bulk frames; the kernel may grant less."""
     if sock.family == socket.AF_UNIX:  # TCP tunes itself, better than a fixed size would
@@ -81,20 +73,22 @@ def send(sock: socket.socket, head: bytes, payload: memoryview | None, deadline_
     if payload is None:
         send_all(sock, memoryview(head), deadline_s)
         return
-    count = _within(sock, deadline_s, sock.sendmsg, [head, payload])
+    count = _within(sock, deadline_s, socket.SO_SNDTIMEO, sock.sendmsg, [head, payload])
     send_all(sock, memoryview(head)[count:], deadline_s)
     send_all(sock, payload[max(0, count - len(head)) :], deadline_s)
 
 
 def send_all(sock: socket.socket, data: memoryview, deadline_s: float) -> None:
     while data:
-        data = data[_within(sock, deadline_s, sock.send, data) :]
+        data = data[_within(sock, deadline_s, socket.SO_SNDTIMEO, sock.send, data) :]
 
 
 def receive_into(sock: socket.socket, place: memoryview, deadline_s: float) -> None:
     """Fills `place`. Unreachable where the stream ends before."""
     while place:
-        count = _within(sock, deadline_s, sock.recv_into, place)
+        count = _within(
+            sock, deadline_s, socket.SO_RCVTIMEO, sock.recv_into, place, 0, socket.MSG_WAITALL
+        )
         if not count:
             raise Unreachable("the peer closed the connection")
         place = place[count:]
@@ -102,7 +96,7 @@ def receive_into(sock: socket.socket, place: memoryview, deadline_s: float) -> N
 
 def receive_some(sock: socket.socket, deadline_s: float) -> bytes:
     """What there is, at least one byte. Unreachable where the stream has ended."""
-    data = _within(sock, deadline_s, sock.recv, RECEIVE_BYTES)
+    data = _within(sock, deadline_s, socket.SO_RCVTIMEO, sock.recv, RECEIVE_BYTES)
     if not data:
         raise Unreachable("the peer closed the connection")
     return data
@@ -125,7 +119,7 @@ def receive_with_descriptors(
 ) -> tuple[bytes, list[int]]:
     """What there is and the descriptors beside it, which become the caller's."""
     data, descriptors, _, _ = _within(
-        sock, deadline_s, lambda size: socket.recv_fds(sock, size, most), RECEIVE_BYTES
+        sock, deadline_s, socket.SO_RCVTIMEO, socket.recv_fds, sock, RECEIVE_BYTES, most
     )
     if not data:
         raise Unreachable("the peer closed the connection")
@@ -145,15 +139,21 @@ def end_of(sock: socket.socket) -> Callable[[], bool]:
     return ended
 
 
-def _within(sock: socket.socket, deadline_s: float, call: Callable[..., T], argument: object) -> T:
-    """One socket call, with what is left until the deadline as its timeout."""
-    left_s = deadline_s - time.monotonic()
+def _within(
+    sock: socket.socket, deadline_s: float, option: int, call: Callable[..., T], *arguments: Any
+) -> T:
+    """One call of a blocking socket, with what is left until the deadline as its `option`.
+
+    The kernel keeps the time: a Python timeout would poll before every call, and would be
+    woken for every piece of a payload that MSG_WAITALL takes at once.
+    """
+    left_us = int((deadline_s - time.monotonic()) * 1e6)
     try:
-        if left_s <= 0:
+        if left_us <= 0:
             raise TimeoutError
-        sock.settimeout(left_s)
-        return call(argument)
-    except TimeoutError as error:
+        sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(left_us, 10**6)))
+        return call(*arguments)
+    except (BlockingIOError, TimeoutError) as error:
         raise DeadlineExceeded("the peer did not answer in time") from error
     except OSError as error:
         raise Unreachable(f"the connection failed: {error}") from error
