@@ -237,10 +237,9 @@ class Client:
         fresh = Link(address, self._principal, self._token, deadline.at_s, checked=self.checksums)
         with self._lock:
             current = self._links.get(address)
-            if current is not None and current is not link and current.alive():
-                fresh.close()
-                return current
+            if current is not None and current.alive():  # another thread was faster
+                current, fresh = fresh, current
             self._links[address] = fresh
-        if link is not None:
-            link.close()  # the node had ended it already
+        if current is not None:
+            current.close()
         return fresh

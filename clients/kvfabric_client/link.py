@@ -108,6 +108,7 @@ class Link:
             yield connection
         finally:
             self._undo_late(connection)
+            self._give_back_retired(connection)
             with self._lock:
                 if connection.closed or self._owner.closed:
                     connection.close()
@@ -224,7 +225,7 @@ class Link:
         """Sends what no request took along. It looks again and again while leases come and
         go, for waking it for each of them would cost as much as sending a message."""
         quiet = 0
-        while not self._owner.closed:
+        while self.alive():  # else the node has taken back all leases, with the session
             if quiet >= RELEASE_LOOKS:
                 self._release_soon.clear()
                 if not self._released:
@@ -276,12 +277,15 @@ class Link:
                 for descriptor in descriptors:
                     os.close(descriptor)
 
-    def give_back_retired(self, connection: Connection, deadline_s: float) -> None:
-        """Lets go of segments that the node wants back."""
-        retired, connection.retired = connection.retired, []
-        gone = [segment for segment in retired if self._segments.pop(segment, None) is not None]
-        if gone:
-            connection.tell("unmap", wire_pb2.UnmapRequest(segments=gone), deadline_s)
+    def _give_back_retired(self, connection: Connection) -> None:
+        """Lets go of segments that the node wants back; it asks again until it is told so."""
+        retired, connection.retired = connection.retired, set()
+        for segment in retired:
+            self._segments.pop(segment, None)
+        if retired and not connection.closed:
+            until_s = time.monotonic() + RELEASE_TIMEOUT_S
+            with contextlib.suppress(FabricError):
+                connection.tell("unmap", wire_pb2.UnmapRequest(segments=sorted(retired)), until_s)
 
     # Bulk -----------------------------------------------------------------------------
 

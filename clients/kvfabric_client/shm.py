@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -63,7 +63,6 @@ def put(
     """Writes shards; (status per key, reasons by index)."""
     with link.connection(deadline.at_s) as connection:
         answer = connection.call("reserve", request, deadline.at_s).reserve_response
-        link.give_back_retired(connection, deadline.at_s)
     statuses = [Status(status) for status in answer.statuses]
     reasons = dict(answer.reasons)
     granted = [index for index, status in enumerate(statuses) if status is Status.OK]
@@ -180,7 +179,6 @@ def acquire(
     )
     with link.connection(deadline.at_s) as connection:
         answer = connection.call("acquire", request, deadline.at_s).acquire_response
-        link.give_back_retired(connection, deadline.at_s)
     if not answer.lease:
         return Held(0, [None] * len(keys), (), (), 0.0)
     segments = list(answer.segments)
@@ -268,11 +266,22 @@ def _split(
     other = copiers.submit(work, jobs[half:])
     try:
         work(jobs[:half])
-    except BaseException:
-        if not other.cancel():
-            other.exception()  # waits: no thread may touch the buffers after we return
-        raise
-    if other.cancel():  # it has not begun: the other thread is busy with somebody else's jobs
-        work(jobs[half:])
-    else:
-        other.result()
+        if other.cancel():  # it has not begun: the other thread is busy with somebody else's jobs
+            work(jobs[half:])
+        else:
+            other.result()
+    finally:
+        _outlast(other)
+
+
+def _outlast(job: Future[None]) -> None:
+    """Cancels it, or waits for its end, although interrupted: no thread may touch the buffers
+    after we return."""
+    interrupt: BaseException | None = None
+    while not job.cancel() and not job.done():
+        try:
+            wait([job])
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from google.protobuf.message import Message
 
-from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Unreachable, from_proto
+from kvfabric.errors import FabricError, Refused, Unreachable, from_proto
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames, sockets
 
@@ -34,7 +34,7 @@ class Connection:
         """`released`: leases to be given back with the next request, whichever it is."""
         self.address = address
         self.kind = address.partition(":")[0]
-        self.retired: list[int] = []  # segments that the node wants back
+        self.retired: set[int] = set()  # segments that the node wants back
         self.late: list[wire_pb2.Frame] = []  # answers that came after their callers gave up
         self._sock = sockets.connect(address, deadline_s)
         self._at_end = sockets.end_of(self._sock)
@@ -108,7 +108,7 @@ class Connection:
         try:
             while not self._arrived.keys() & {frame_id, 0}:
                 self._receive(descriptors, deadline_s)
-        except DeadlineExceeded:
+        except BaseException:  # an interrupted caller gives up, too
             self.forget(frame_id)
             raise
         # An error with id 0 is about the connection: the peer could not parse a request.
@@ -129,7 +129,7 @@ class Connection:
                 )
                 descriptors += more
             for frame in self._inbox.feed(data):
-                self.retired.extend(frame.retired_segments)
+                self.retired.update(frame.retired_segments)
                 if frame.id in self._awaited or not frame.id:
                     self._arrived[frame.id] = frame
                 else:

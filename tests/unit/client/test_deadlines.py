@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,7 @@ import kvfabric_client
 from kvfabric.errors import DeadlineExceeded, Refused, Retry, Unreachable
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Namespace, Status
-from kvfabric_client import Client, Room
+from kvfabric_client import Client, Room, shm
 from kvfabric_client.link import Link
 from kvfabric_nodes.node import Node
 
@@ -189,6 +190,46 @@ def test_a_client_goes_on_with_a_node_that_was_restarted(start: Start) -> None:
             node.stop()
             with pytest.raises(Retry):
                 room.match([key(1)])
+
+
+def test_leases_of_a_node_that_is_gone_are_not_offered_to_the_next_one(start: Start) -> None:
+    node = start("n0")
+    deadline_s = time.monotonic() + 10
+    with contextlib.closing(Link(address(node, "unix"), "default", b"", deadline_s)) as link:
+        node.stop()
+        link.release(1)
+        assert link._releaser is not None
+        link._releaser.join(10)
+        assert not link._releaser.is_alive()
+
+
+def test_an_interrupted_copy_waits_for_the_thread_that_copies_with_it() -> None:
+    going_on, until_s = threading.Event(), time.monotonic() + 10
+    done: list[int] = []
+
+    def work(jobs: Sequence[int]) -> None:
+        if 2 in jobs:
+            started.set()
+            assert going_on.wait(until_s - time.monotonic())
+        else:
+            assert started.wait(10)  # so that the other half is not taken back
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        done.extend(jobs)
+
+    def interrupt(*_: object) -> None:
+        threading.Timer(0.05, going_on.set).start()
+        raise InterruptedError("by a signal")
+
+    started = threading.Event()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with ThreadPoolExecutor(1) as copiers:
+            with pytest.raises(InterruptedError, match="by a signal"):
+                shm._split([1, 2], work, shm.SPLIT_BYTES, copiers)
+            assert done == [1, 2]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_session_that_ended_with_its_node_is_unreachable_not_refused(start: Start) -> None:

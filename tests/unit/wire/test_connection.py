@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -96,6 +97,38 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(
     assert frame.match_response.matched == 2
     assert [late.match_response.matched for late in connection.late] == [1]
     assert not connection.closed
+
+
+class Interrupt(BaseException):
+    """What a signal's handler raises."""
+
+
+@pytest.fixture
+def interrupted() -> Iterator[None]:
+    """A signal interrupts the main thread a moment from now."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_the_answer_to_an_interrupted_caller_is_late(ends: tuple[Connection, Peer]) -> None:
+    connection, peer = ends
+    with pytest.raises(Interrupt):
+        connection.call("match", node_pb2.MatchRequest(), soon())
+    peer.send(matched(peer.take().id, 1))
+
+    def answer() -> None:
+        peer.send(matched(peer.take().id, 2))
+
+    answered(answer, lambda: connection.call("match", node_pb2.MatchRequest(), soon()))
+    assert [late.match_response.matched for late in connection.late] == [1]
 
 
 def test_a_forgotten_answer_that_has_arrived_is_late_too(ends: tuple[Connection, Peer]) -> None:
