@@ -85,6 +85,17 @@ def test_status_lists_the_nodes_that_up_started(deployed: Any) -> None:
     assert max(len(line) for line in table.splitlines()) <= 80
 
 
+def test_both_actors_export_metrics(deployed: Any) -> None:
+    status = deployed.island.status()
+    script = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())"
+    for actor, address in (
+        ("manager", status["manager"]["metrics_address"]),
+        ("node", status["nodes"][0]["metrics_address"]),
+    ):
+        done = deployed.island.run("python", "-c", script, f"http://{address}/metrics")
+        assert f"# TYPE kvfabric_{actor}_" in done.stdout, done.stderr
+
+
 def test_a_second_up_names_the_remedy(deployed: Any) -> None:
     done = deployed.island.run("kvfabric", "up", "--detach")
 

@@ -154,7 +154,12 @@ def _asked(address: str) -> tuple[list[NodeView], dict[str, object]]:
         stats = control.stats(deadline)
     finally:
         control.close()
-    return nodes, {"epoch": stats.epoch, "keys": stats.keys, "replicas": stats.replicas}
+    return nodes, {
+        "epoch": stats.epoch,
+        "keys": stats.keys,
+        "replicas": stats.replicas,
+        "metrics_address": stats.metrics_address,
+    }
 
 
 def local_nodes(folder: Path) -> list[NodeView]:

@@ -95,7 +95,9 @@ def run_local(plan: LocalPlan, progress: Progress) -> None:
         connect(local.address)
         progress.step("starting the gManager")
         listen = f"{LOOPBACK}:{plan.manager_port or free_port()}"
-        settings = ManagerSettings(listen=listen, runtime_dir=plan.runtime_dir)
+        settings = ManagerSettings(
+            listen=listen, runtime_dir=plan.runtime_dir, metrics=metrics_of(LOOPBACK)
+        )
         manager = start_manager(settings, NodePlan(listen, plan.memory_bytes, plan.runtime_dir))
         progress.step("starting the rManagers")
         names = await_nodes(manager, listen, plan.nodes)
@@ -133,7 +135,7 @@ def run_join(plan: JoinPlan, progress: Progress) -> None:
         progress.step("starting the gManager")
         head = next(node for node in ray.nodes() if HEAD_RESOURCE in node["Resources"])
         listen = f"{head['NodeManagerAddress']}:{plan.manager_port}"
-        settings = ManagerSettings(listen=listen)
+        settings = ManagerSettings(listen=listen, metrics=metrics_of(head["NodeManagerAddress"]))
         manager = start_manager(settings, NodePlan(listen, plan.memory_bytes))
         progress.step("starting the rManagers")
         names = await_nodes(manager, listen, wanted)
@@ -250,6 +252,11 @@ def watch(local: LocalRay, *, attached: bool) -> None:
 
 def _launcher_first(processes: list[Process]) -> tuple[Process, ...]:
     return tuple(sorted(processes, key=lambda process: process.pid != os.getpid()))
+
+
+def metrics_of(host: str) -> str:
+    """Where the gManager exports its metrics; `kvfabric status --json` tells the port."""
+    return os.environ.get("KVFABRIC_MANAGER_METRICS") or f"{host}:0"
 
 
 def free_port() -> int:

@@ -81,6 +81,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._settings = settings
         self._epoch = epoch
         self._clock = clock
+        self.metrics_address = ""  # where they are served
         self._metrics = metrics
         self._lock = threading.Lock()  # guards what follows, and the metrics' values
         self._core = ManagerCore(settings.silence_ms / 1000, clock.now())
@@ -163,6 +164,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 keys=self._core.keys,
                 replicas=self._core.replicas,
                 counters=counters,
+                metrics_address=self.metrics_address,
             )
 
     def Explain(  # noqa: N802
@@ -258,7 +260,7 @@ class ManagerServer:
             if self.settings.metrics:
                 server = MetricsServer(metrics, self.settings.metrics)
                 started.callback(server.stop)
-                self.metrics_address = server.address
+                self.metrics_address = self._service.metrics_address = server.address
             self._stopping.clear()
             ticker = threading.Thread(target=self._tick, name="manager-tick", daemon=True)
             ticker.start()

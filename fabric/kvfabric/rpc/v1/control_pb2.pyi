@@ -444,10 +444,13 @@ class ControlServiceStatsResponse(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     nodes: _builtins.int
     keys: _builtins.int
     replicas: _builtins.int
+    metrics_address: _builtins.str
+    """host:port of Prometheus metrics; empty: not served"""
     @_builtins.property
     def counters(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Counter]: ...
     def __init__(
@@ -458,10 +461,11 @@ class ControlServiceStatsResponse(_message.Message):
         keys: _builtins.int = ...,
         replicas: _builtins.int = ...,
         counters: _abc.Iterable[_types_pb2.Counter] | None = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "keys", b"keys", "nodes", b"nodes", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "epoch", b"epoch", "keys", b"keys", "metrics_address", b"metrics_address", "nodes", b"nodes", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
