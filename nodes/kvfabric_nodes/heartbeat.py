@@ -137,10 +137,10 @@ class Heartbeat:
                         self._metrics.heartbeats["register"] += 1
                         return
                     want_full = answer.want_full
-                full = want_full
+                was_full, full = full, want_full
                 self._metrics.heartbeats["full" if full else "ok"] += 1
                 self.connected = True
-                if not full:
+                if was_full or not full:  # a full report that does not please can wait, too
                     await asyncio.sleep(self._heartbeat_s)
         finally:
             stream.cancel()
