@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
+from kvfabric.errors import Refused, Retry
 from kvfabric.keys import namespace_id
 from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import node_pb2, types_pb2
@@ -249,7 +249,7 @@ class Room:
         *,
         verify: bool,
     ) -> list[Status]:
-        """Reads some of the keys from a node; one that cannot be reached holds none of them."""
+        """Reads some of the keys from a node; one that cannot answer now holds none of them."""
         some = [keys[index] for index in indices]
 
         def read(link: Link) -> list[Status]:
@@ -259,7 +259,7 @@ class Room:
 
         try:
             return self.client.at(address, read, deadline)
-        except (Unreachable, DeadlineExceeded) as error:
+        except Retry as error:
             log.warning("node_unreachable", address=address, why=str(error))
             return [Status.MISS] * len(indices)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvfabric_client
+from kvfabric.errors import Retry
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.types import BATCH_KEYS, Namespace, Status
 from kvfabric_client import Client, Room
 from kvfabric_nodes.node import Node
 
-from .conftest import Start, address, counter, key, payload
+from .conftest import Start, address, core_of, counter, key, payload
 
 SPACE = Namespace("default", b"f" * 32)
 KEYS = [key(number) for number in range(6)]
@@ -89,6 +91,17 @@ def test_a_node_that_is_gone_costs_only_its_own_shards(
     targets = [np.zeros(100_000, np.uint8) for _ in KEYS]
     statuses = reader.open(SPACE).get_into(KEYS, targets, timeout_s=5)
     assert statuses == [Status.OK] * 2 + [Status.MISS] * 4
+
+
+def test_a_node_that_asks_to_come_later_costs_only_its_own_shards(
+    reader: Client, nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise Retry("busy; come later")
+
+    monkeypatch.setattr(core_of(nodes[1]), "acquire", busy)
+    copies = reader.open(SPACE).get(KEYS)
+    assert [copy is not None for copy in copies] == [True] * 2 + [False] * 4
 
 
 def test_a_manager_that_is_gone_costs_only_what_lies_elsewhere(
