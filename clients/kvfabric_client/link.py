@@ -115,7 +115,7 @@ class Link:
                     self._call_count -= 1
                 else:
                     self._calls.append(connection)
-                self._returned.notify()
+                self._returned.notify_all()
 
     def _undo_late(self, connection: Connection) -> None:
         """Gives back what was granted after its caller had given up: nobody knows of it."""
@@ -149,7 +149,7 @@ class Link:
         except BaseException:
             with self._lock:
                 self._call_count -= 1
-                self._returned.notify()
+                self._returned.notify_all()
             raise
 
     def _wait_for_connection(self, deadline_s: float) -> None:
@@ -307,7 +307,7 @@ class Link:
                 bulk.close()
             with self._lock:
                 self._bulk_count -= 1
-                self._returned.notify()
+                self._returned.notify_all()
             raise
         with self._lock:
             if self._owner.closed:
@@ -315,7 +315,7 @@ class Link:
                 self._bulk_count -= 1
             else:
                 self._bulks.append(bulk)
-            self._returned.notify()
+            self._returned.notify_all()
 
 
 def _enter_pages(mapped: mmap.mmap) -> None:

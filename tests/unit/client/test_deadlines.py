@@ -120,6 +120,28 @@ def test_who_waits_for_a_connection_gives_up_by_his_own_deadline(room: Room, nod
     assert all(call.result()[0] is not None for call in slow)
 
 
+def test_who_waits_for_a_transfer_does_not_take_the_turn_of_a_call(node: Node) -> None:
+    until_s = time.monotonic() + 30
+
+    def transfer(link: Link) -> None:
+        with link.bulk(until_s):
+            pass
+
+    with contextlib.closing(Link(address(node, "tcp"), "default", b"", until_s)) as link:
+        waiting = link._returned._waiters  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(2) as threads, contextlib.ExitStack() as borrowed:
+            for _ in range(4):
+                borrowed.enter_context(link.bulk(until_s))
+            for _ in range(3):
+                borrowed.enter_context(link.connection(until_s))
+            with link.connection(until_s):
+                threads.submit(transfer, link)
+                assert eventually(lambda: len(waiting) == 1)
+                call = threads.submit(link.call, "stats", node_pb2.StatsRequest(), until_s)
+                assert eventually(lambda: len(waiting) == 2)
+            assert call.result(10).stats_response.stats.node == "n0"
+
+
 def test_eight_threads_share_a_client(room: Room, node: Node) -> None:
     def work(thread: int) -> None:
         for turn in range(12):
