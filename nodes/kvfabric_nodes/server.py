@@ -140,6 +140,7 @@ class CallConnection:
         task = self._loop.create_task(self._finish(later, answer))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
+        task.add_done_callback(lambda _: later.close())  # cancelled before it began
 
     async def _finish(self, later: Any, answer: wire_pb2.Frame) -> None:
         try:

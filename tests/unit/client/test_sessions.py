@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -209,6 +210,16 @@ def test_a_connection_that_owes_answers_takes_no_transfers(node: Node) -> None:
         while answer.id != 2:
             answer, _ = sockets.receive_frame(sock, scratch, soon())
         assert "open a new one for bulk" in answer.error.message
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_that_ends_before_it_begins_is_closed(connection: Connection, node: Node) -> None:
+    session = greet(connection, namespaces=[SPACE])
+    request = node_pb2.VerifyRequest(namespace_id=session.namespace_ids[0], keys=[key(1)])
+    verify = frames.pack(wire_pb2.Frame(id=7, verify_request=request))
+    connection._sock.sendall(verify + b"\xff" * 8)  # nothing that follows can be understood
+    assert eventually(lambda: not core_of(node).sessions)
+    gc.collect()
 
 
 def test_a_call_cannot_end_what_a_stream_is_filling(
