@@ -390,9 +390,6 @@ class NodeCore:
             elif not promise.pinned:
                 self.drop(promise, "expired", "its time to live ended", now_s)
 
-    def next_deadline_s(self) -> float | None:
-        return self._deadlines.next_s()
-
     # The books ------------------------------------------------------------------
 
     def books(self) -> Books:

@@ -40,10 +40,6 @@ class Deadlines:
             if _living(promise):
                 yield at_s, promise
 
-    def next_s(self) -> float | None:
-        """The nearest; it may be of a promise that was settled meanwhile."""
-        return self._heap[0][0] if self._heap else None
-
 
 def _living(promise: Promise) -> bool:
     if isinstance(promise, Reservation):

@@ -28,12 +28,11 @@ class _Body(Protocol):
 
 
 class Connection:
-    """Request, answer, request, answer. `kind` is "unix" or "tcp"."""
+    """Request, answer, request, answer."""
 
     def __init__(self, address: str, deadline_s: float, released: deque[int] | None = None) -> None:
         """`released`: leases to be given back with the next request, whichever it is."""
         self.address = address
-        self.kind = address.partition(":")[0]
         self.retired: set[int] = set()  # segments that the node wants back
         self.late: list[wire_pb2.Frame] = []  # answers that came after their callers gave up
         self._sock = sockets.connect(address, deadline_s)
