@@ -269,7 +269,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             for name, guest in list(self._guests.items()):
                 if not guest.calls and guest.seen_s < silent_since_s:
                     del self._guests[name]
-                    self._handler.core.close_session(guest.session)
+                    self._handler.close_session(guest.session)
 
 
 async def _receive(

@@ -216,8 +216,7 @@ class Handler:
             self.clock.now(),
             streamed=streamed,
         )
-        while self.core.recycled:
-            self.arena.replace(*self.core.recycled.pop(0))
+        self.renew_memory()
         return grants
 
     def commit(
@@ -329,6 +328,16 @@ class Handler:
     ) -> None:
         reservation = self.core.reservation(session, request.reservation)
         self.core.abort(reservation, request.indices)
+
+    def close_session(self, session: Session) -> None:
+        """Takes back all it held, once nobody touches it any more."""
+        self.core.close_session(session)
+        self.renew_memory()
+
+    def renew_memory(self) -> None:
+        """Gives the segments that the core has recycled their fresh memory."""
+        while self.core.recycled:
+            self.arena.replace(*self.core.recycled.pop(0))
 
     # Reading ------------------------------------------------------------------------
 

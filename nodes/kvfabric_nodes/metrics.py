@@ -51,17 +51,7 @@ class NodeMetrics:
 
     def stats(self) -> types_pb2.NodeStats:
         """The node as it is now, every counter included."""
-        self.refresh()
-        core = self._core
-        stats = types_pb2.NodeStats(
-            node=self._node,
-            incarnation=self.incarnation,
-            tiers=[self._tier()],
-            sessions=len(core.sessions),
-            leases=sum(len(s.leases) for s in core.sessions.values()),
-            pins=core.pins,
-            reservations=sum(len(s.reservations) for s in core.sessions.values()),
-        )
+        stats = self.refresh()
         for name, value in self.exported.flatten():
             stats.counters.add(name=name, value=value)
         return stats
@@ -80,17 +70,24 @@ class NodeMetrics:
             shards=books.shards,
         )
 
-    def refresh(self) -> None:
-        """Brings the exported values up to date."""
+    def refresh(self) -> types_pb2.NodeStats:
+        """Brings the exported values up to date; answers the gauges among them."""
         core, tally = self._core, self._core.tally
         tier = self._tier()
+        stats = types_pb2.NodeStats(
+            node=self._node,
+            incarnation=self.incarnation,
+            tiers=[tier],
+            sessions=len(core.sessions),
+            leases=sum(len(s.leases) for s in core.sessions.values()),
+            pins=core.pins,
+            reservations=sum(len(s.reservations) for s in core.sessions.values()),
+        )
         for name in ("capacity", "held", "reserved", "quarantined", "free", "wasted", "ready"):
             self._set(f"{name}_bytes", getattr(tier, f"{name}_bytes"), TIER)
         self._set("shards", tier.shards, TIER)
-        self._set("sessions", len(core.sessions))
-        self._set("leases", sum(len(s.leases) for s in core.sessions.values()))
-        self._set("pins", core.pins)
-        self._set("reservations", sum(len(s.reservations) for s in core.sessions.values()))
+        for name in ("sessions", "leases", "pins", "reservations"):
+            self._set(name, getattr(stats, name))
         self._set("hits_total", tally.hits)
         self._set("misses_total", tally.misses)
         self._set("commits_total", tally.commits)
@@ -113,6 +110,7 @@ class NodeMetrics:
             self._set("read_seconds_total", read.seconds, transport)
             self._set("written_bytes_total", written.size_bytes, transport)
             self._set("written_seconds_total", written.seconds, transport)
+        return stats
 
     def _set(self, name: str, value: float, *labels: str) -> None:
         self.exported.value(f"kvfabric_node_{name}", *labels).value = value

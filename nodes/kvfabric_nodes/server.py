@@ -182,8 +182,7 @@ class CallConnection:
         session = self.peer.session
         if name == "unmap":
             core.unmapped(session, request.segments)
-            while core.recycled:
-                arena.replace(*core.recycled.pop(0))
+            self.server.handler.renew_memory()
             answer.unmap_response.SetInParent()
             self._answer(answer)
             return
@@ -424,10 +423,7 @@ class WireServer:
                     with contextlib.suppress(OSError):
                         other.shutdown(socket.SHUT_RDWR)
         if not peer.connections:
-            core = self.handler.core
-            core.close_session(peer.session)
-            while core.recycled:
-                self.handler.arena.replace(*core.recycled.pop(0))
+            self.handler.close_session(peer.session)
 
     async def close(self) -> None:
         """Ends every connection and waits for the bulk threads, which end with theirs."""
