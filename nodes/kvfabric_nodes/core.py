@@ -12,7 +12,7 @@ meanwhile it is quarantined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, NamespaceId, Status
@@ -40,6 +40,12 @@ class NodeCore:
         self.inventory_hash = 0
         self.pins = 0
         self.recycled: list[tuple[int, int]] = []  # (old, new) segments: give them fresh memory
+        self.draining = False  # takes nothing new in
+        # Told of every shard that is sealed here, and of every one that goes, with the reason.
+        self.on_sealed: list[Callable[[Shard, float], None]] = []
+        self.on_dropped: list[Callable[[Shard, str, float], None]] = []
+        # Told of every key that nobody claims any more.
+        self.on_unclaimed: list[Callable[[NamespaceId, Key, float], None]] = []
         self._held_bytes = 0
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
@@ -57,6 +63,21 @@ class NodeCore:
         session = Session(self._next_id(), tenant, principal, checked, shares_memory)
         self.sessions[session.id] = session
         return session
+
+    def learn(self, namespace: NamespaceId, tenant: str) -> None:
+        """This namespace is that tenant's, as another node says."""
+        self._tenants.setdefault(namespace, tenant)
+
+    def end_of_claim(self, namespace: NamespaceId, key: Key, now_s: float) -> None:
+        """One less needs this key; a time to live that passed meanwhile ends it now."""
+        self.shards.unclaim(namespace, key)
+        if self.shards.claims(namespace, key):
+            return
+        for told in self.on_unclaimed:
+            told(namespace, key, now_s)
+        shard = self.shards.get(namespace, key)
+        if shard is not None and shard.expires_s is not None and shard.expires_s <= now_s:
+            self._deadlines.add(now_s, shard)
 
     def open_namespaces(self, session: Session, namespaces: Iterable[NamespaceId]) -> None:
         """The session may use these from now on; they belong to its tenant."""
@@ -110,10 +131,14 @@ class NodeCore:
         now_s: float,
         *,
         streamed: bool = False,
+        tenant: str = "",
+        evict: bool = True,
     ) -> tuple[Reservation | None, list[Grant]]:
         """Space for each key until `deadline_s` from now; None where no key was granted.
 
         `streamed`: the caller fills it from a stream, and aborts what it did not seal.
+        `tenant`: whose memory it takes; the session's own, unless another node's call names
+        it. Without `evict` only free space is granted.
         """
         self.admit(session, namespace, len(keys))
         if len(session.reservations) >= self.limits.reservations:
@@ -123,12 +148,21 @@ class NodeCore:
             )
         deadline_s = now_s + self.bounded(deadline_s)
         reservation = Reservation(
-            self._next_id(), session, namespace, layers, ttl_s, deadline_s, {}, now_s, streamed
+            self._next_id(),
+            session,
+            namespace,
+            layers,
+            ttl_s,
+            deadline_s,
+            {},
+            now_s,
+            streamed,
+            tenant or session.tenant,
         )
         grants: list[Grant] = []
         full: dict[int, Grant] = {}  # by size: where there is no room, none comes in the batch
         for index, (key, parent, size_bytes) in enumerate(zip(keys, parents, sizes, strict=True)):
-            grant = self._reserve_one(reservation, key, size_bytes, full, now_s)
+            grant = self._reserve_one(reservation, key, size_bytes, full, now_s, evict=evict)
             grants.append(grant)
             if grant.extent is not None:
                 reservation.items[index] = Item(key, parent, size_bytes, grant.extent)
@@ -145,6 +179,8 @@ class NodeCore:
         size_bytes: int,
         full: dict[int, Grant],
         now_s: float,
+        *,
+        evict: bool,
     ) -> Grant:
         namespace = reservation.namespace
         if self.shards.get(namespace, key) is not None:
@@ -159,8 +195,9 @@ class NodeCore:
             )
         if size_bytes in full:
             return full[size_bytes]
-        tenant = reservation.session.tenant
-        extent = self._find_room(tenant, size_bytes, now_s)
+        if self.draining:
+            return Grant(Status.RETRY, reason="this node is being drained; write to another one")
+        extent = self._find_room(reservation.tenant, size_bytes, now_s, evict=evict)
         if extent is None:
             full[size_bytes] = Grant(Status.RETRY, reason=self._why_full(size_bytes))
             return full[size_bytes]
@@ -201,7 +238,7 @@ class NodeCore:
             namespace=reservation.namespace,
             key=item.key,
             parent=item.parent,
-            pool=(reservation.session.tenant, extent.size_bytes),
+            pool=(reservation.tenant, extent.size_bytes),
             extent=extent,
             size_bytes=item.size_bytes,
             layers=reservation.layers if checksums else 0,
@@ -215,6 +252,8 @@ class NodeCore:
             self._deadlines.add(shard.expires_s, shard)
         self.tally.commits += 1
         self.story.note(now_s, shard.namespace, shard.key, "committed", f"by {shard.owner}")
+        for told in self.on_sealed:
+            told(shard, now_s)
         return Grant(Status.OK, extent)
 
     def reject(self, reservation: Reservation, index: int, reason: str, now_s: float) -> Grant:
@@ -278,6 +317,7 @@ class NodeCore:
         size_bytes = 0
         for shard in held:
             shard.last_used = use
+            shard.reads += 1
             shard.extent.holders += 1
             size_bytes += shard.size_bytes
         deadline_s = now_s + self.bounded(lease_s)
@@ -376,6 +416,8 @@ class NodeCore:
             self._quarantined_bytes += extent.size_bytes
         else:
             self.extents.free(extent)
+        for told in self.on_dropped:
+            told(shard, what, now_s)
 
     # Time -----------------------------------------------------------------------
 
@@ -387,7 +429,7 @@ class NodeCore:
             elif isinstance(promise, Lease):
                 if promise.deadline_s <= deadline_s:  # else it was renewed
                     self._expire_lease(promise)
-            elif not promise.pinned:
+            elif not promise.pinned and not self.shards.claimed(promise):
                 self.drop(promise, "expired", "its time to live ended", now_s)
 
     # The books ------------------------------------------------------------------
@@ -444,7 +486,11 @@ class NodeCore:
 
     def admit(self, session: Session, namespace: NamespaceId, keys: int) -> None:
         """Refuses what no call may do: another's namespace, too large a batch."""
-        if namespace not in session.namespaces and self._tenants.get(namespace) != session.tenant:
+        if (
+            namespace not in session.namespaces
+            and self._tenants.get(namespace) != session.tenant
+            and not session.between_nodes
+        ):
             raise Denied(
                 f"namespace {namespace.hex()[:16] or '(none)'} is not open in this session; "
                 "name it in Hello, under the session's own tenant"
@@ -529,11 +575,17 @@ class NodeCore:
             self.removed.clear()
             self.changes_lost = True
 
-    def _find_room(self, tenant: str, size_bytes: int, now_s: float) -> Extent | None:
+    def _find_room(
+        self, tenant: str, size_bytes: int, now_s: float, *, evict: bool
+    ) -> Extent | None:
         """An extent, after evicting the coldest where there is none."""
         pool = (tenant, slot_bytes(size_bytes))
         extent = self.extents.allocate(tenant, size_bytes)
-        while extent is None and (self._take_over(tenant) or self._eviction.make_room(pool, now_s)):
+        while (
+            extent is None
+            and evict
+            and (self._take_over(tenant) or self._eviction.make_room(pool, now_s))
+        ):
             extent = self.extents.allocate(tenant, size_bytes)
         return extent
 

@@ -77,14 +77,14 @@ class Eviction:
             if len(slab) < len(self.extents.segments[segment].used):
                 continue  # reserved or quarantined extents lie there
             all_of_it = [*slab, *self.shards.descendants(slab)]
-            if all(_can_go(shard, older_than) for shard in all_of_it):
+            if all(self._can_go(shard, older_than) for shard in all_of_it):
                 return all_of_it[::-1]
         return None
 
-
-def _can_go(shard: Shard, older_than: int | None) -> bool:
-    return (
-        not shard.pinned
-        and not shard.extent.holders
-        and (older_than is None or shard.last_used < older_than)
-    )
+    def _can_go(self, shard: Shard, older_than: int | None) -> bool:
+        return (
+            not shard.pinned
+            and not shard.extent.holders
+            and not self.shards.claimed(shard)
+            and (older_than is None or shard.last_used < older_than)
+        )

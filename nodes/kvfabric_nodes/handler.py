@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,9 @@ FEATURES = frozenset({"shm", "bulk", "unchecked"})
 Locate = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[node_pb2.MatchResponse.Run]]]
 """Asks the manager where the first of these keys lie, up to the first that no node holds."""
 
+Call = Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]
+"""Session, request and response; a coroutine where the answer takes a while."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -81,7 +84,7 @@ class Handler:
         self.locate = locate
         self.metrics = metrics
         self._verifier = verifier
-        self._calls: dict[str, Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]] = {
+        self._calls: dict[str, Call] = {
             "match": self.match,
             "reserve": self.reserve,
             "commit": self.commit,
@@ -96,6 +99,10 @@ class Handler:
             "stats": self.stats,
             "explain": self.explain,
         }
+
+    def offer(self, calls: Mapping[str, Call]) -> None:
+        """Takes in further calls, by their names in lower case."""
+        self._calls.update(calls)
 
     def call(
         self, name: str, session: Session, request: Any, response: Any

@@ -31,6 +31,7 @@ class Reservation:
     items: dict[int, Item]  # by index in the request; settled ones are gone
     filling_since_s: float
     streamed: bool  # the node itself fills it, and gives it back
+    tenant: str  # whose memory it takes
     expired: bool = False
 
 
@@ -55,6 +56,7 @@ class Session:
     principal: str
     checked: bool = True  # checksums are computed, sent and verified
     shares_memory: bool = True  # its client may map segments
+    between_nodes: bool = False  # its client is another node: every namespace is open to it
     namespaces: set[NamespaceId] = field(default_factory=set)
     reservations: dict[int, Reservation] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)

@@ -32,6 +32,7 @@ class Shard:
     owner: str
     expires_s: float | None
     last_used: int = 0
+    reads: int = 0  # since the last heartbeat that told of them
     pinned: bool = False
     queued: bool = False  # has an entry in its pool's heap
     present: bool = True
@@ -52,6 +53,8 @@ class Shards:
         self._candidates = 0  # in all queues, with those of shards that are gone
         self._sequence = 0
         self._use = 0
+        # How many sequences, groups, states and loans need a key, whether it is here or not.
+        self._claims: dict[tuple[NamespaceId, Key], int] = {}
 
     def room(self, namespace: NamespaceId) -> dict[Key, Shard]:
         """The shards of one namespace; read only."""
@@ -105,12 +108,36 @@ class Shards:
         if parent is not None:
             self.consider(parent)
 
+    def claim(self, namespace: NamespaceId, key: Key) -> None:
+        """Somebody needs this shard: it is not evicted, and outlives its time to live.
+
+        It need not be here yet. Each claim ends by one `unclaim`.
+        """
+        self._claims[namespace, key] = self._claims.get((namespace, key), 0) + 1
+
+    def unclaim(self, namespace: NamespaceId, key: Key) -> None:
+        count = self._claims.pop((namespace, key)) - 1
+        if count:
+            self._claims[namespace, key] = count
+            return
+        shard = self.get(namespace, key)
+        if shard is not None:
+            self.consider(shard)
+
+    def claims(self, namespace: NamespaceId, key: Key) -> int:
+        """How many need this key."""
+        return self._claims.get((namespace, key), 0)
+
+    def claimed(self, shard: Shard) -> bool:
+        return (shard.namespace, shard.key) in self._claims
+
     def evictable(self, shard: Shard) -> bool:
         """Nothing needs it, and nothing that is here continues it."""
         return (
             shard.present
             and not shard.pinned
             and shard.extent.holders == 0
+            and not self.claimed(shard)
             and shard.key not in self._children.get(shard.namespace, {})
         )
 

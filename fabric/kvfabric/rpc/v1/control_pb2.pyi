@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from kvfabric.rpc.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,101 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LoanState:
+    ValueType: _TypeAlias = _builtins.int
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoanStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoanState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOAN_STATE_UNSPECIFIED: _LoanState.ValueType  # 0
+    LOAN_STATE_REQUESTED: _LoanState.ValueType  # 1
+    """asked of a creditor, unanswered"""
+    LOAN_STATE_GRANTED: _LoanState.ValueType  # 2
+    """space is reserved, bytes are on their way"""
+    LOAN_STATE_HELD: _LoanState.ValueType  # 3
+    """the creditor has them"""
+    LOAN_STATE_RECALLED: _LoanState.ValueType  # 4
+    """the creditor wants its memory back"""
+    LOAN_STATE_MOVING: _LoanState.ValueType  # 5
+    """on the way to another creditor, or home"""
+    LOAN_STATE_RETURNED: _LoanState.ValueType  # 6
+    """ended by the debtor"""
+    LOAN_STATE_VOID: _LoanState.ValueType  # 7
+    """ended by a deadline, a refusal or a death"""
+
+class LoanState(_LoanState, metaclass=_LoanStateEnumTypeWrapper): ...
+
+LOAN_STATE_UNSPECIFIED: LoanState.ValueType  # 0
+LOAN_STATE_REQUESTED: LoanState.ValueType  # 1
+"""asked of a creditor, unanswered"""
+LOAN_STATE_GRANTED: LoanState.ValueType  # 2
+"""space is reserved, bytes are on their way"""
+LOAN_STATE_HELD: LoanState.ValueType  # 3
+"""the creditor has them"""
+LOAN_STATE_RECALLED: LoanState.ValueType  # 4
+"""the creditor wants its memory back"""
+LOAN_STATE_MOVING: LoanState.ValueType  # 5
+"""on the way to another creditor, or home"""
+LOAN_STATE_RETURNED: LoanState.ValueType  # 6
+"""ended by the debtor"""
+LOAN_STATE_VOID: LoanState.ValueType  # 7
+"""ended by a deadline, a refusal or a death"""
+Global___LoanState: _TypeAlias = LoanState  # noqa: Y015
+
+class _Priority:
+    ValueType: _TypeAlias = _builtins.int
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    PRIORITY_REPAIR: _Priority.ValueType  # 1
+    """lost replicas, drains: first"""
+    PRIORITY_MOVE: _Priority.ValueType  # 2
+    """what was asked for"""
+    PRIORITY_BALANCE: _Priority.ValueType  # 3
+    """what only makes things better"""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper): ...
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+PRIORITY_REPAIR: Priority.ValueType  # 1
+"""lost replicas, drains: first"""
+PRIORITY_MOVE: Priority.ValueType  # 2
+"""what was asked for"""
+PRIORITY_BALANCE: Priority.ValueType  # 3
+"""what only makes things better"""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
+class _MoveState:
+    ValueType: _TypeAlias = _builtins.int
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MoveStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MoveState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MOVE_STATE_UNSPECIFIED: _MoveState.ValueType  # 0
+    MOVE_STATE_COPYING: _MoveState.ValueType  # 1
+    """destinations reserve, copy and verify"""
+    MOVE_STATE_DROPPING: _MoveState.ValueType  # 2
+    """every copy is seen; sources wait for leases to end"""
+    MOVE_STATE_DONE: _MoveState.ValueType  # 3
+    MOVE_STATE_CANCELLED: _MoveState.ValueType  # 4
+    MOVE_STATE_FAILED: _MoveState.ValueType  # 5
+    """timed out or lost its nodes: see why"""
+
+class MoveState(_MoveState, metaclass=_MoveStateEnumTypeWrapper): ...
+
+MOVE_STATE_UNSPECIFIED: MoveState.ValueType  # 0
+MOVE_STATE_COPYING: MoveState.ValueType  # 1
+"""destinations reserve, copy and verify"""
+MOVE_STATE_DROPPING: MoveState.ValueType  # 2
+"""every copy is seen; sources wait for leases to end"""
+MOVE_STATE_DONE: MoveState.ValueType  # 3
+MOVE_STATE_CANCELLED: MoveState.ValueType  # 4
+MOVE_STATE_FAILED: MoveState.ValueType  # 5
+"""timed out or lost its nodes: see why"""
+Global___MoveState: _TypeAlias = MoveState  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
@@ -92,6 +188,7 @@ class RegisterResponse(_message.Message):
     HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
     SILENCE_MS_FIELD_NUMBER: _builtins.int
     KNOWN_INCARNATION_FIELD_NUMBER: _builtins.int
+    PEER_TOKEN_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     epoch: _builtins.int
     """the manager's: nodes refuse commands of an older one"""
@@ -102,6 +199,8 @@ class RegisterResponse(_message.Message):
     """0: accepted. Else a newer incarnation of this node is known, and the node
     must register with a greater one.
     """
+    peer_token: _builtins.bytes
+    """what nodes of this fabric show each other"""
     def __init__(
         self,
         *,
@@ -110,10 +209,11 @@ class RegisterResponse(_message.Message):
         heartbeat_ms: _builtins.int = ...,
         silence_ms: _builtins.int = ...,
         known_incarnation: _builtins.int = ...,
+        peer_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "known_incarnation", b"known_incarnation", "silence_ms", b"silence_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_ms", b"heartbeat_ms", "known_incarnation", b"known_incarnation", "peer_token", b"peer_token", "silence_ms", b"silence_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -167,6 +267,11 @@ class HeartbeatRequest(_message.Message):
     INVENTORY_COUNT_FIELD_NUMBER: _builtins.int
     INVENTORY_HASH_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
+    LOANS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    HEAT_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
     sequence: _builtins.int
@@ -187,6 +292,26 @@ class HeartbeatRequest(_message.Message):
     def removed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Inventory]: ...
     @_builtins.property
     def stats(self) -> _types_pb2.NodeStats: ...
+    @_builtins.property
+    def loans(self) -> Global___Loans:
+        """all of the node's, when they changed or a full report is given"""
+
+    @_builtins.property
+    def sequences(self) -> Global___Sequences:
+        """the largest, likewise"""
+
+    @_builtins.property
+    def heat(self) -> Global___Heat:
+        """shards that were read most since the last heartbeat"""
+
+    @_builtins.property
+    def steps(self) -> Global___StepSums:
+        """what engines measured since the last heartbeat"""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """rates measured since the last heartbeat"""
+
     def __init__(
         self,
         *,
@@ -200,14 +325,448 @@ class HeartbeatRequest(_message.Message):
         inventory_count: _builtins.int = ...,
         inventory_hash: _builtins.int = ...,
         stats: _types_pb2.NodeStats | None = ...,
+        loans: Global___Loans | None = ...,
+        sequences: Global___Sequences | None = ...,
+        heat: Global___Heat | None = ...,
+        steps: Global___StepSums | None = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heat", b"heat", "loans", b"loans", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "full", b"full", "incarnation", b"incarnation", "inventory_count", b"inventory_count", "inventory_hash", b"inventory_hash", "more", b"more", "node", b"node", "removed", b"removed", "sequence", b"sequence", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "full", b"full", "heat", b"heat", "incarnation", b"incarnation", "inventory_count", b"inventory_count", "inventory_hash", b"inventory_hash", "links", b"links", "loans", b"loans", "more", b"more", "node", b"node", "removed", b"removed", "sequence", b"sequence", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class Loans(_message.Message):
+    """Columns: element i is one loan, as the sender sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAN_FIELD_NUMBER: _builtins.int
+    DEBTOR_FIELD_NUMBER: _builtins.int
+    DEBTOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    CREDITOR_FIELD_NUMBER: _builtins.int
+    CREDITOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def loan(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def debtor(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def debtor_incarnation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def creditor(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def creditor_incarnation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def state(self) -> _containers.RepeatedScalarFieldContainer[Global___LoanState.ValueType]: ...
+    @_builtins.property
+    def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slots, reserved ones included"""
+
+    def __init__(
+        self,
+        *,
+        loan: _abc.Iterable[_builtins.int] | None = ...,
+        debtor: _abc.Iterable[_builtins.str] | None = ...,
+        debtor_incarnation: _abc.Iterable[_builtins.int] | None = ...,
+        creditor: _abc.Iterable[_builtins.str] | None = ...,
+        creditor_incarnation: _abc.Iterable[_builtins.int] | None = ...,
+        state: _abc.Iterable[Global___LoanState.ValueType] | None = ...,
+        size_bytes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["creditor", b"creditor", "creditor_incarnation", b"creditor_incarnation", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "loan", b"loan", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Loans: _TypeAlias = Loans  # noqa: Y015
+
+@_typing.final
+class Sequences(_message.Message):
+    """Columns: element i is one open sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOCAL_BYTES_FIELD_NUMBER: _builtins.int
+    REMOTE_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sequence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def namespace_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def local_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """sealed blocks on this node"""
+
+    @_builtins.property
+    def remote_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """on loan elsewhere"""
+
+    @_builtins.property
+    def block_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        sequence: _abc.Iterable[_builtins.int] | None = ...,
+        namespace_id: _abc.Iterable[_builtins.bytes] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        local_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        remote_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        block_bytes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "local_bytes", b"local_bytes", "namespace_id", b"namespace_id", "remote_bytes", b"remote_bytes", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sequences: _TypeAlias = Sequences  # noqa: Y015
+
+@_typing.final
+class Heat(_message.Message):
+    """Columns: element i is one shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
+    keys: _builtins.bytes
+    """32 bytes each"""
+    @_builtins.property
+    def namespace_id(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def reads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        namespace_id: _abc.Iterable[_builtins.bytes] | None = ...,
+        keys: _builtins.bytes = ...,
+        reads: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "reads", b"reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heat: _TypeAlias = Heat  # noqa: Y015
+
+@_typing.final
+class StepSums(_message.Message):
+    """Sums over steps for the fit of T = a + b * batch + c * tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    BATCH_BATCH_FIELD_NUMBER: _builtins.int
+    BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_TOKENS_FIELD_NUMBER: _builtins.int
+    BATCH_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKENS_SECONDS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    LAST_BATCH_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    batch: _builtins.float
+    tokens: _builtins.float
+    seconds: _builtins.float
+    batch_batch: _builtins.float
+    batch_tokens: _builtins.float
+    tokens_tokens: _builtins.float
+    batch_seconds: _builtins.float
+    tokens_seconds: _builtins.float
+    waiting: _builtins.int
+    """requests in the engines' queues now"""
+    last_batch: _builtins.int
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        batch: _builtins.float = ...,
+        tokens: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        batch_batch: _builtins.float = ...,
+        batch_tokens: _builtins.float = ...,
+        tokens_tokens: _builtins.float = ...,
+        batch_seconds: _builtins.float = ...,
+        tokens_seconds: _builtins.float = ...,
+        waiting: _builtins.int = ...,
+        last_batch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_batch", b"batch_batch", "batch_seconds", b"batch_seconds", "batch_tokens", b"batch_tokens", "last_batch", b"last_batch", "seconds", b"seconds", "steps", b"steps", "tokens", b"tokens", "tokens_seconds", b"tokens_seconds", "tokens_tokens", b"tokens_tokens", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSums: _TypeAlias = StepSums  # noqa: Y015
+
+@_typing.final
+class Link(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    bytes_per_s: _builtins.int
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Link: _TypeAlias = Link  # noqa: Y015
+
+@_typing.final
+class Command(_message.Message):
+    """What the manager wants of a node. Safe to repeat; finished when it can be seen
+    in the node's inventory. Nodes refuse those of an older epoch.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Pull(_message.Message):
+        """Fetch replicas of shards from another node."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+        KEYS_FIELD_NUMBER: _builtins.int
+        SOURCE_FIELD_NUMBER: _builtins.int
+        ENDPOINTS_FIELD_NUMBER: _builtins.int
+        BYTES_PER_S_FIELD_NUMBER: _builtins.int
+        PRIORITY_FIELD_NUMBER: _builtins.int
+        EVICT_FIELD_NUMBER: _builtins.int
+        namespace_id: _builtins.bytes
+        keys: _builtins.bytes
+        """32 bytes each"""
+        source: _builtins.str
+        bytes_per_s: _builtins.int
+        """0: unthrottled"""
+        priority: Global___Priority.ValueType
+        evict: _builtins.bool
+        """colder cache may go for it"""
+        @_builtins.property
+        def endpoints(self) -> _types_pb2.Endpoints:
+            """the source's"""
+
+        def __init__(
+            self,
+            *,
+            namespace_id: _builtins.bytes = ...,
+            keys: _builtins.bytes = ...,
+            source: _builtins.str = ...,
+            endpoints: _types_pb2.Endpoints | None = ...,
+            bytes_per_s: _builtins.int = ...,
+            priority: Global___Priority.ValueType = ...,
+            evict: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "endpoints", b"endpoints", "evict", b"evict", "keys", b"keys", "namespace_id", b"namespace_id", "priority", b"priority", "source", b"source"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Drop(_message.Message):
+        """Drop replicas once no lease is on them. Claimed ones (pinned, of an open
+        sequence, group or loan) stay.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+        KEYS_FIELD_NUMBER: _builtins.int
+        CACHE_ONLY_FIELD_NUMBER: _builtins.int
+        namespace_id: _builtins.bytes
+        keys: _builtins.bytes
+        cache_only: _builtins.bool
+        """unclaimed, as a drain does with what is nowhere else wanted"""
+        def __init__(
+            self,
+            *,
+            namespace_id: _builtins.bytes = ...,
+            keys: _builtins.bytes = ...,
+            cache_only: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_only", b"cache_only", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LendOut(_message.Message):
+        """Lend a sequence's oldest blocks out."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        CREDITOR_FIELD_NUMBER: _builtins.int
+        ENDPOINTS_FIELD_NUMBER: _builtins.int
+        sequence: _builtins.int
+        size_bytes: _builtins.int
+        creditor: _builtins.str
+        @_builtins.property
+        def endpoints(self) -> _types_pb2.Endpoints: ...
+        def __init__(
+            self,
+            *,
+            sequence: _builtins.int = ...,
+            size_bytes: _builtins.int = ...,
+            creditor: _builtins.str = ...,
+            endpoints: _types_pb2.Endpoints | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["creditor", b"creditor", "endpoints", b"endpoints", "sequence", b"sequence", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Recall(_message.Message):
+        """Want lent memory back."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DEBTOR_FIELD_NUMBER: _builtins.int
+        ENDPOINTS_FIELD_NUMBER: _builtins.int
+        LOAN_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        DEADLINE_MS_FIELD_NUMBER: _builtins.int
+        debtor: _builtins.str
+        loan: _builtins.int
+        """0: every loan to this debtor"""
+        size_bytes: _builtins.int
+        """0: all"""
+        deadline_ms: _builtins.int
+        @_builtins.property
+        def endpoints(self) -> _types_pb2.Endpoints: ...
+        def __init__(
+            self,
+            *,
+            debtor: _builtins.str = ...,
+            endpoints: _types_pb2.Endpoints | None = ...,
+            loan: _builtins.int = ...,
+            size_bytes: _builtins.int = ...,
+            deadline_ms: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "debtor", b"debtor", "endpoints", b"endpoints", "loan", b"loan", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class BringHome(_message.Message):
+        """Bring lent blocks home."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LOAN_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        loan: _builtins.int
+        size_bytes: _builtins.int
+        def __init__(
+            self,
+            *,
+            loan: _builtins.int = ...,
+            size_bytes: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["loan", b"loan", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Pin(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+        KEYS_FIELD_NUMBER: _builtins.int
+        PINNED_FIELD_NUMBER: _builtins.int
+        namespace_id: _builtins.bytes
+        keys: _builtins.bytes
+        pinned: _builtins.bool
+        def __init__(
+            self,
+            *,
+            namespace_id: _builtins.bytes = ...,
+            keys: _builtins.bytes = ...,
+            pinned: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "pinned", b"pinned"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
+    DROP_FIELD_NUMBER: _builtins.int
+    LEND_OUT_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    BRING_HOME_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    why: _builtins.str
+    @_builtins.property
+    def pull(self) -> Global___Command.Pull: ...
+    @_builtins.property
+    def drop(self) -> Global___Command.Drop: ...
+    @_builtins.property
+    def lend_out(self) -> Global___Command.LendOut: ...
+    @_builtins.property
+    def recall(self) -> Global___Command.Recall: ...
+    @_builtins.property
+    def bring_home(self) -> Global___Command.BringHome: ...
+    @_builtins.property
+    def pin(self) -> Global___Command.Pin: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        why: _builtins.str = ...,
+        pull: Global___Command.Pull | None = ...,
+        drop: Global___Command.Drop | None = ...,
+        lend_out: Global___Command.LendOut | None = ...,
+        recall: Global___Command.Recall | None = ...,
+        bring_home: Global___Command.BringHome | None = ...,
+        pin: Global___Command.Pin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "drop", b"drop", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "drop", b"drop", "id", b"id", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["pull", "drop", "lend_out", "recall", "bring_home", "pin"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___Command: _TypeAlias = Command  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
@@ -217,12 +776,18 @@ class HeartbeatResponse(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     WANT_FULL_FIELD_NUMBER: _builtins.int
     WANT_REGISTER_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     sequence: _builtins.int
     """of the request it answers"""
     want_full: _builtins.bool
     want_register: _builtins.bool
     """unknown node or fenced incarnation"""
+    draining: _builtins.bool
+    """take nothing new in"""
+    @_builtins.property
+    def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___Command]: ...
     def __init__(
         self,
         *,
@@ -230,10 +795,12 @@ class HeartbeatResponse(_message.Message):
         sequence: _builtins.int = ...,
         want_full: _builtins.bool = ...,
         want_register: _builtins.bool = ...,
+        commands: _abc.Iterable[Global___Command] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sequence", b"sequence", "want_full", b"want_full", "want_register", b"want_register"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands", "draining", b"draining", "epoch", b"epoch", "sequence", b"sequence", "want_full", b"want_full", "want_register", b"want_register"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,6 +889,607 @@ class Place(_message.Message):
 Global___Place: _TypeAlias = Place  # noqa: Y015
 
 @_typing.final
+class BorrowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """the debtor"""
+    incarnation: _builtins.int
+    size_bytes: _builtins.int
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """those that refused"""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude", b"exclude", "incarnation", b"incarnation", "node", b"node", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BorrowRequest: _TypeAlias = BorrowRequest  # noqa: Y015
+
+@_typing.final
+class BorrowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """why there are none"""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """best first"""
+
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Endpoints]: ...
+    @_builtins.property
+    def free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """as last heard"""
+
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        endpoints: _abc.Iterable[_types_pb2.Endpoints] | None = ...,
+        free_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "free_bytes", b"free_bytes", "nodes", b"nodes", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BorrowResponse: _TypeAlias = BorrowResponse  # noqa: Y015
+
+@_typing.final
+class LedgerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerRequest: _TypeAlias = LedgerRequest  # noqa: Y015
+
+@_typing.final
+class LedgerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENT_FIELD_NUMBER: _builtins.int
+    BORROWED_FIELD_NUMBER: _builtins.int
+    LENT_BYTES_FIELD_NUMBER: _builtins.int
+    BORROWED_BYTES_FIELD_NUMBER: _builtins.int
+    lent_bytes: _builtins.int
+    """granted, held, recalled or moving"""
+    borrowed_bytes: _builtins.int
+    @_builtins.property
+    def lent(self) -> Global___Loans:
+        """as creditors see them"""
+
+    @_builtins.property
+    def borrowed(self) -> Global___Loans:
+        """as debtors see them"""
+
+    def __init__(
+        self,
+        *,
+        lent: Global___Loans | None = ...,
+        borrowed: Global___Loans | None = ...,
+        lent_bytes: _builtins.int = ...,
+        borrowed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["borrowed", b"borrowed", "lent", b"lent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed", b"borrowed", "borrowed_bytes", b"borrowed_bytes", "lent", b"lent", "lent_bytes", b"lent_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerResponse: _TypeAlias = LedgerResponse  # noqa: Y015
+
+@_typing.final
+class MigrateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    """empty: any"""
+    source: _builtins.str
+    """empty: wherever they lie"""
+    destination: _builtins.str
+    """empty: as placement finds best"""
+    bytes_per_s: _builtins.int
+    """0: what the link leaves free"""
+    priority: Global___Priority.ValueType
+    copy: _builtins.bool
+    """keep the source's replica"""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """empty: everything that the source holds"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        source: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        bytes_per_s: _builtins.int = ...,
+        priority: Global___Priority.ValueType = ...,
+        copy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "copy", b"copy", "destination", b"destination", "keys", b"keys", "namespace_id", b"namespace_id", "priority", b"priority", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateRequest: _TypeAlias = MigrateRequest  # noqa: Y015
+
+@_typing.final
+class MigrateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    move: _builtins.int
+    keys: _builtins.int
+    def __init__(
+        self,
+        *,
+        move: _builtins.int = ...,
+        keys: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "move", b"move"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateResponse: _TypeAlias = MigrateResponse  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    COPIED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    move: _builtins.int
+    kind: _builtins.str
+    """"migrate", "drain", "repair", "spread", "fill" """
+    source: _builtins.str
+    destination: _builtins.str
+    """empty: several"""
+    state: Global___MoveState.ValueType
+    keys: _builtins.int
+    copied: _builtins.int
+    """keys seen at the destination"""
+    dropped: _builtins.int
+    """keys gone from the source"""
+    size_bytes: _builtins.int
+    """estimated from the source's average"""
+    age_ms: _builtins.int
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        move: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        source: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        state: Global___MoveState.ValueType = ...,
+        keys: _builtins.int = ...,
+        copied: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "copied", b"copied", "destination", b"destination", "dropped", b"dropped", "keys", b"keys", "kind", b"kind", "move", b"move", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
+class ListMovesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    move: _builtins.int
+    """0: all"""
+    def __init__(
+        self,
+        *,
+        move: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesRequest: _TypeAlias = ListMovesRequest  # noqa: Y015
+
+@_typing.final
+class ListMovesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Move]: ...
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[Global___Move] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMovesResponse: _TypeAlias = ListMovesResponse  # noqa: Y015
+
+@_typing.final
+class CancelMoveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: _builtins.int
+    move: _builtins.int
+    def __init__(
+        self,
+        *,
+        move: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMoveRequest: _TypeAlias = CancelMoveRequest  # noqa: Y015
+
+@_typing.final
+class CancelMoveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelMoveResponse: _TypeAlias = CancelMoveResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    cancel: _builtins.bool
+    """serve again"""
+    bytes_per_s: _builtins.int
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        cancel: _builtins.bool = ...,
+        bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cancel", b"cancel", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMPTY_FIELD_NUMBER: _builtins.int
+    LEFT_SHARDS_FIELD_NUMBER: _builtins.int
+    LEFT_BYTES_FIELD_NUMBER: _builtins.int
+    MOVED_SHARDS_FIELD_NUMBER: _builtins.int
+    LENT_BYTES_FIELD_NUMBER: _builtins.int
+    BORROWED_BYTES_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    empty: _builtins.bool
+    """the node may be deleted"""
+    left_shards: _builtins.int
+    left_bytes: _builtins.int
+    moved_shards: _builtins.int
+    lent_bytes: _builtins.int
+    """still held for others"""
+    borrowed_bytes: _builtins.int
+    waiting: _builtins.str
+    """what it waits for"""
+    def __init__(
+        self,
+        *,
+        empty: _builtins.bool = ...,
+        left_shards: _builtins.int = ...,
+        left_bytes: _builtins.int = ...,
+        moved_shards: _builtins.int = ...,
+        lent_bytes: _builtins.int = ...,
+        borrowed_bytes: _builtins.int = ...,
+        waiting: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["borrowed_bytes", b"borrowed_bytes", "empty", b"empty", "left_bytes", b"left_bytes", "left_shards", b"left_shards", "lent_bytes", b"lent_bytes", "moved_shards", b"moved_shards", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class Policy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    HOT_REPLICAS_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    """empty: the default of all"""
+    replicas: _builtins.int
+    """0: as the default"""
+    hot_replicas: _builtins.int
+    """extra ones at most, near readers; 0: none"""
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        replicas: _builtins.int = ...,
+        hot_replicas: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hot_replicas", b"hot_replicas", "namespace_id", b"namespace_id", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class SetPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    REMOVE_FIELD_NUMBER: _builtins.int
+    remove: _builtins.bool
+    @_builtins.property
+    def policy(self) -> Global___Policy: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___Policy | None = ...,
+        remove: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "remove", b"remove"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPolicyRequest: _TypeAlias = SetPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPolicyResponse: _TypeAlias = SetPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ListPoliciesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoliciesRequest: _TypeAlias = ListPoliciesRequest  # noqa: Y015
+
+@_typing.final
+class ListPoliciesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Policy]: ...
+    def __init__(
+        self,
+        *,
+        policies: _abc.Iterable[Global___Policy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policies", b"policies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoliciesResponse: _TypeAlias = ListPoliciesResponse  # noqa: Y015
+
+@_typing.final
+class PinKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    unpin: _builtins.bool
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        unpin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinKeysRequest: _TypeAlias = PinKeysRequest  # noqa: Y015
+
+@_typing.final
+class PinKeysResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """OK, or MISS: no node holds it now; the pin stands all the same"""
+
+    def __init__(
+        self,
+        *,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinKeysResponse: _TypeAlias = PinKeysResponse  # noqa: Y015
+
+@_typing.final
+class Plan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    DEBTOR_FIELD_NUMBER: _builtins.int
+    CREDITOR_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    age_ms: _builtins.int
+    debtor: _builtins.str
+    creditor: _builtins.str
+    sequence: _builtins.int
+    size_bytes: _builtins.int
+    gain: _builtins.float
+    """tokens per second"""
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        age_ms: _builtins.int = ...,
+        debtor: _builtins.str = ...,
+        creditor: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        gain: _builtins.float = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "creditor", b"creditor", "debtor", b"debtor", "gain", b"gain", "sequence", b"sequence", "size_bytes", b"size_bytes", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class ListPlansRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPlansRequest: _TypeAlias = ListPlansRequest  # noqa: Y015
+
+@_typing.final
+class ListPlansResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLANS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Plan]: ...
+    def __init__(
+        self,
+        *,
+        plans: _abc.Iterable[Global___Plan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plans", b"plans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPlansResponse: _TypeAlias = ListPlansResponse  # noqa: Y015
+
+@_typing.final
 class ListNodesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -367,11 +1535,17 @@ class NodeInfo(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     SILENT_MS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    LENT_BYTES_FIELD_NUMBER: _builtins.int
+    BORROWED_BYTES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
     alive: _builtins.bool
     silent_ms: _builtins.int
     """since its last heartbeat"""
+    draining: _builtins.bool
+    lent_bytes: _builtins.int
+    borrowed_bytes: _builtins.int
     @_builtins.property
     def endpoints(self) -> _types_pb2.Endpoints: ...
     @_builtins.property
@@ -388,10 +1562,13 @@ class NodeInfo(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         alive: _builtins.bool = ...,
         silent_ms: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+        lent_bytes: _builtins.int = ...,
+        borrowed_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "endpoints", b"endpoints", "incarnation", b"incarnation", "labels", b"labels", "node", b"node", "silent_ms", b"silent_ms", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "borrowed_bytes", b"borrowed_bytes", "draining", b"draining", "endpoints", b"endpoints", "incarnation", b"incarnation", "labels", b"labels", "lent_bytes", b"lent_bytes", "node", b"node", "silent_ms", b"silent_ms", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,56 @@ class ControlServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainResponse.FromString,
                 _registered_method=True)
+        self.Borrow = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/Borrow',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowResponse.FromString,
+                _registered_method=True)
+        self.Ledger = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/Ledger',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerResponse.FromString,
+                _registered_method=True)
+        self.Migrate = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/Migrate',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateResponse.FromString,
+                _registered_method=True)
+        self.ListMoves = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/ListMoves',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesResponse.FromString,
+                _registered_method=True)
+        self.CancelMove = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/CancelMove',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/Drain',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/SetPolicy',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
+        self.ListPolicies = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/ListPolicies',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.FromString,
+                _registered_method=True)
+        self.PinKeys = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/PinKeys',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysResponse.FromString,
+                _registered_method=True)
+        self.ListPlans = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/ListPlans',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer(object):
@@ -108,6 +158,74 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Borrow(self, request, context):
+        """Who could lend a node so much, best first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ledger(self, request, context):
+        """Who owes whom what, over the cluster.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Migrate(self, request, context):
+        """Copies shards to a node, and drops them at their source once the copies are seen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMoves(self, request, context):
+        """Moves that are under way or ended lately.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelMove(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Empties a node over every tier. Safe to repeat: says how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Replica counts and other rules. Durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPolicies(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinKeys(self, request, context):
+        """Pins over the whole fabric. Durable: they hold against nodes that come back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPlans(self, request, context):
+        """What the planner decided lately, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +258,56 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainResponse.SerializeToString,
+            ),
+            'Borrow': grpc.unary_unary_rpc_method_handler(
+                    servicer.Borrow,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowResponse.SerializeToString,
+            ),
+            'Ledger': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ledger,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerResponse.SerializeToString,
+            ),
+            'Migrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Migrate,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateResponse.SerializeToString,
+            ),
+            'ListMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMoves,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesResponse.SerializeToString,
+            ),
+            'CancelMove': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelMove,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'ListPolicies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPolicies,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.SerializeToString,
+            ),
+            'PinKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinKeys,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysResponse.SerializeToString,
+            ),
+            'ListPlans': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPlans,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +472,276 @@ class ControlService(object):
             '/kvfabric.rpc.v1.ControlService/Explain',
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Borrow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/Borrow',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.BorrowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ledger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/Ledger',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.LedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Migrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/Migrate',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.MigrateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/ListMoves',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelMove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/CancelMove',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.CancelMoveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/Drain',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/SetPolicy',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPolicies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/ListPolicies',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/PinKeys',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPlans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/ListPlans',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPlansResponse.FromString,
             options,
             channel_credentials,
             insecure,

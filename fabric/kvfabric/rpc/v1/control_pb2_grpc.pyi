@@ -42,6 +42,24 @@ class ControlServiceStub:
     ListNodes: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListNodesRequest, _control_pb2.ListNodesResponse]
     Stats: _grpc.UnaryUnaryMultiCallable[_control_pb2.ControlServiceStatsRequest, _control_pb2.ControlServiceStatsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ControlServiceExplainRequest, _control_pb2.ControlServiceExplainResponse]
+    Borrow: _grpc.UnaryUnaryMultiCallable[_control_pb2.BorrowRequest, _control_pb2.BorrowResponse]
+    """Who could lend a node so much, best first."""
+    Ledger: _grpc.UnaryUnaryMultiCallable[_control_pb2.LedgerRequest, _control_pb2.LedgerResponse]
+    """Who owes whom what, over the cluster."""
+    Migrate: _grpc.UnaryUnaryMultiCallable[_control_pb2.MigrateRequest, _control_pb2.MigrateResponse]
+    """Copies shards to a node, and drops them at their source once the copies are seen."""
+    ListMoves: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListMovesRequest, _control_pb2.ListMovesResponse]
+    """Moves that are under way or ended lately."""
+    CancelMove: _grpc.UnaryUnaryMultiCallable[_control_pb2.CancelMoveRequest, _control_pb2.CancelMoveResponse]
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Empties a node over every tier. Safe to repeat: says how far it is."""
+    SetPolicy: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetPolicyRequest, _control_pb2.SetPolicyResponse]
+    """Replica counts and other rules. Durable."""
+    ListPolicies: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListPoliciesRequest, _control_pb2.ListPoliciesResponse]
+    PinKeys: _grpc.UnaryUnaryMultiCallable[_control_pb2.PinKeysRequest, _control_pb2.PinKeysResponse]
+    """Pins over the whole fabric. Durable: they hold against nodes that come back."""
+    ListPlans: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListPlansRequest, _control_pb2.ListPlansResponse]
+    """What the planner decided lately, and why."""
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -55,6 +73,24 @@ class ControlServiceAsyncStub(ControlServiceStub):
     ListNodes: _aio.UnaryUnaryMultiCallable[_control_pb2.ListNodesRequest, _control_pb2.ListNodesResponse]  # type: ignore[assignment]
     Stats: _aio.UnaryUnaryMultiCallable[_control_pb2.ControlServiceStatsRequest, _control_pb2.ControlServiceStatsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ControlServiceExplainRequest, _control_pb2.ControlServiceExplainResponse]  # type: ignore[assignment]
+    Borrow: _aio.UnaryUnaryMultiCallable[_control_pb2.BorrowRequest, _control_pb2.BorrowResponse]  # type: ignore[assignment]
+    """Who could lend a node so much, best first."""
+    Ledger: _aio.UnaryUnaryMultiCallable[_control_pb2.LedgerRequest, _control_pb2.LedgerResponse]  # type: ignore[assignment]
+    """Who owes whom what, over the cluster."""
+    Migrate: _aio.UnaryUnaryMultiCallable[_control_pb2.MigrateRequest, _control_pb2.MigrateResponse]  # type: ignore[assignment]
+    """Copies shards to a node, and drops them at their source once the copies are seen."""
+    ListMoves: _aio.UnaryUnaryMultiCallable[_control_pb2.ListMovesRequest, _control_pb2.ListMovesResponse]  # type: ignore[assignment]
+    """Moves that are under way or ended lately."""
+    CancelMove: _aio.UnaryUnaryMultiCallable[_control_pb2.CancelMoveRequest, _control_pb2.CancelMoveResponse]  # type: ignore[assignment]
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Empties a node over every tier. Safe to repeat: says how far it is."""
+    SetPolicy: _aio.UnaryUnaryMultiCallable[_control_pb2.SetPolicyRequest, _control_pb2.SetPolicyResponse]  # type: ignore[assignment]
+    """Replica counts and other rules. Durable."""
+    ListPolicies: _aio.UnaryUnaryMultiCallable[_control_pb2.ListPoliciesRequest, _control_pb2.ListPoliciesResponse]  # type: ignore[assignment]
+    PinKeys: _aio.UnaryUnaryMultiCallable[_control_pb2.PinKeysRequest, _control_pb2.PinKeysResponse]  # type: ignore[assignment]
+    """Pins over the whole fabric. Durable: they hold against nodes that come back."""
+    ListPlans: _aio.UnaryUnaryMultiCallable[_control_pb2.ListPlansRequest, _control_pb2.ListPlansResponse]  # type: ignore[assignment]
+    """What the planner decided lately, and why."""
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -101,5 +137,83 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ControlServiceExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ControlServiceExplainResponse, _abc.Awaitable[_control_pb2.ControlServiceExplainResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Borrow(
+        self,
+        request: _control_pb2.BorrowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.BorrowResponse, _abc.Awaitable[_control_pb2.BorrowResponse]]:
+        """Who could lend a node so much, best first."""
+
+    @_abc_1.abstractmethod
+    def Ledger(
+        self,
+        request: _control_pb2.LedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.LedgerResponse, _abc.Awaitable[_control_pb2.LedgerResponse]]:
+        """Who owes whom what, over the cluster."""
+
+    @_abc_1.abstractmethod
+    def Migrate(
+        self,
+        request: _control_pb2.MigrateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.MigrateResponse, _abc.Awaitable[_control_pb2.MigrateResponse]]:
+        """Copies shards to a node, and drops them at their source once the copies are seen."""
+
+    @_abc_1.abstractmethod
+    def ListMoves(
+        self,
+        request: _control_pb2.ListMovesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListMovesResponse, _abc.Awaitable[_control_pb2.ListMovesResponse]]:
+        """Moves that are under way or ended lately."""
+
+    @_abc_1.abstractmethod
+    def CancelMove(
+        self,
+        request: _control_pb2.CancelMoveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.CancelMoveResponse, _abc.Awaitable[_control_pb2.CancelMoveResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
+        """Empties a node over every tier. Safe to repeat: says how far it is."""
+
+    @_abc_1.abstractmethod
+    def SetPolicy(
+        self,
+        request: _control_pb2.SetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.SetPolicyResponse, _abc.Awaitable[_control_pb2.SetPolicyResponse]]:
+        """Replica counts and other rules. Durable."""
+
+    @_abc_1.abstractmethod
+    def ListPolicies(
+        self,
+        request: _control_pb2.ListPoliciesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListPoliciesResponse, _abc.Awaitable[_control_pb2.ListPoliciesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def PinKeys(
+        self,
+        request: _control_pb2.PinKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PinKeysResponse, _abc.Awaitable[_control_pb2.PinKeysResponse]]:
+        """Pins over the whole fabric. Durable: they hold against nodes that come back."""
+
+    @_abc_1.abstractmethod
+    def ListPlans(
+        self,
+        request: _control_pb2.ListPlansRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListPlansResponse, _abc.Awaitable[_control_pb2.ListPlansResponse]]:
+        """What the planner decided lately, and why."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,8 @@ class HelloRequest(_message.Message):
     NAMESPACES_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    ENDED_SESSIONS_FIELD_NUMBER: _builtins.int
+    PEER_TOKEN_FIELD_NUMBER: _builtins.int
     min_version: _builtins.int
     max_version: _builtins.int
     client: _builtins.str
@@ -46,11 +48,19 @@ class HelloRequest(_message.Message):
     token: _builtins.bytes
     session: _builtins.bytes
     """empty, or the session that this connection joins"""
+    peer_token: _builtins.bytes
+    """of another node, from its manager: a session between nodes"""
     @_builtins.property
     def namespaces(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Namespace]: ...
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """offered: see proto/README.md"""
+
+    @_builtins.property
+    def ended_sessions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sessions of this client that have ended, with a node that has since been
+        started anew: nothing of theirs touches its memory any more.
+        """
 
     def __init__(
         self,
@@ -63,10 +73,12 @@ class HelloRequest(_message.Message):
         namespaces: _abc.Iterable[_types_pb2.Namespace] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         session: _builtins.bytes = ...,
+        ended_sessions: _abc.Iterable[_builtins.bytes] | None = ...,
+        peer_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "features", b"features", "max_version", b"max_version", "min_version", b"min_version", "namespaces", b"namespaces", "principal", b"principal", "session", b"session", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "ended_sessions", b"ended_sessions", "features", b"features", "max_version", b"max_version", "min_version", b"min_version", "namespaces", b"namespaces", "peer_token", b"peer_token", "principal", b"principal", "session", b"session", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -782,6 +794,1158 @@ class PurgeResponse(_message.Message):
 Global___PurgeResponse: _TypeAlias = PurgeResponse  # noqa: Y015
 
 @_typing.final
+class Tails(_message.Message):
+    """Open blocks of a sequence, in their order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    first_token: _builtins.int
+    """of the first open block"""
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        segments: _abc.Iterable[_builtins.int] | None = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        generations: _abc.Iterable[_builtins.int] | None = ...,
+        first_token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "generations", b"generations", "offsets", b"offsets", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tails: _TypeAlias = Tails  # noqa: Y015
+
+@_typing.final
+class OpenSequenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    IDLE_MS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    size_bytes: _builtins.int
+    """of a block"""
+    layers: _builtins.int
+    """equal layer parts in a block; 0 means 1"""
+    block_tokens: _builtins.int
+    """tokens of a full block"""
+    idle_ms: _builtins.int
+    """how long it lives between two calls"""
+    resume: _builtins.int
+    """or 0: a sequence of this node whose writer the caller becomes"""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """blocks that it begins with"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each of these; none: all are full"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        block_tokens: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        idle_ms: _builtins.int = ...,
+        resume: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "idle_ms", b"idle_ms", "keys", b"keys", "layers", b"layers", "namespace_id", b"namespace_id", "resume", b"resume", "size_bytes", b"size_bytes", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSequenceRequest: _TypeAlias = OpenSequenceRequest  # noqa: Y015
+
+@_typing.final
+class OpenSequenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    IDLE_MS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    """of its writer: names the caller as the one writer"""
+    length: _builtins.int
+    """tokens up to the first missing block"""
+    idle_ms: _builtins.int
+    """granted"""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """per key: OK held by the fabric, or MISS"""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        length: _builtins.int = ...,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+        idle_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "idle_ms", b"idle_ms", "length", b"length", "sequence", b"sequence", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSequenceResponse: _TypeAlias = OpenSequenceResponse  # noqa: Y015
+
+@_typing.final
+class ExtendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    blocks: _builtins.int
+    """wanted open in all"""
+    deadline_ms: _builtins.int
+    """how long room may be sought on other nodes"""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "deadline_ms", b"deadline_ms", "epoch", b"epoch", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendRequest: _TypeAlias = ExtendRequest  # noqa: Y015
+
+@_typing.final
+class ExtendResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAILS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """why there are not more"""
+    @_builtins.property
+    def tails(self) -> Global___Tails:
+        """all that are open now; as many as there was room for"""
+
+    def __init__(
+        self,
+        *,
+        tails: Global___Tails | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendResponse: _TypeAlias = ExtendResponse  # noqa: Y015
+
+@_typing.final
+class AppendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    start: _builtins.int
+    """absolute position of the first token"""
+    tokens: _builtins.int
+    first_layer: _builtins.int
+    layers: _builtins.int
+    """0: all"""
+    payload: _builtins.bytes
+    """over gRPC and in a call's frame alike; at most 512 KiB"""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Without shared memory: pieces of the open blocks, filled from the payload in
+        order. `blocks` counts open blocks, offsets and sizes are bytes within one.
+        """
+
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        start: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        size_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "epoch", b"epoch", "first_layer", b"first_layer", "layers", b"layers", "offsets", b"offsets", "payload", b"payload", "sequence", b"sequence", "size_bytes", b"size_bytes", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendRequest: _TypeAlias = AppendRequest  # noqa: Y015
+
+@_typing.final
+class AppendResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    """visible in every layer"""
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendResponse: _TypeAlias = AppendResponse  # noqa: Y015
+
+@_typing.final
+class SealRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of the first open blocks, in order"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """none: all are full; only the last may be short"""
+
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """as in CommitRequest"""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "epoch", b"epoch", "keys", b"keys", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealRequest: _TypeAlias = SealRequest  # noqa: Y015
+
+@_typing.final
+class SealResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReasonsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STATUSES_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    TAILS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """OK, EXISTS (shared with what was there), REFUSED"""
+
+    @_builtins.property
+    def reasons(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]: ...
+    @_builtins.property
+    def tails(self) -> Global___Tails:
+        """those still open"""
+
+    def __init__(
+        self,
+        *,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+        reasons: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
+        tails: Global___Tails | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reasons", b"reasons", "statuses", b"statuses", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealResponse: _TypeAlias = SealResponse  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TENTATIVE_FIELD_NUMBER: _builtins.int
+    IDLE_MS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    tokens: _builtins.int
+    """shared; at most the length"""
+    tentative: _builtins.bool
+    """bounded in number, ends with its parent's Accept"""
+    idle_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        tentative: _builtins.bool = ...,
+        idle_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_ms", b"idle_ms", "sequence", b"sequence", "tentative", b"tentative", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TAILS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def tails(self) -> Global___Tails: ...
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        tails: Global___Tails | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sequence", b"sequence", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
+
+@_typing.final
+class AcceptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FORK_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """the parent"""
+    epoch: _builtins.int
+    fork: _builtins.int
+    """0: none of them"""
+    tokens: _builtins.int
+    """the parent's length afterwards"""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        fork: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fork", b"fork", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptRequest: _TypeAlias = AcceptRequest  # noqa: Y015
+
+@_typing.final
+class AcceptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    TAILS_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    @_builtins.property
+    def tails(self) -> Global___Tails: ...
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+        tails: Global___Tails | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptResponse: _TypeAlias = AcceptResponse  # noqa: Y015
+
+@_typing.final
+class TruncateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TruncateRequest: _TypeAlias = TruncateRequest  # noqa: Y015
+
+@_typing.final
+class TruncateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    TAILS_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    @_builtins.property
+    def tails(self) -> Global___Tails: ...
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+        tails: Global___Tails | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "tails", b"tails"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TruncateResponse: _TypeAlias = TruncateResponse  # noqa: Y015
+
+@_typing.final
+class CloseSequenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DROP_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    epoch: _builtins.int
+    drop: _builtins.bool
+    """its blocks too, as far as nobody else keeps them"""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        drop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop", b"drop", "epoch", b"epoch", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSequenceRequest: _TypeAlias = CloseSequenceRequest  # noqa: Y015
+
+@_typing.final
+class CloseSequenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSequenceResponse: _TypeAlias = CloseSequenceResponse  # noqa: Y015
+
+@_typing.final
+class DescribeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+
+@_typing.final
+class DescribeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    TAILS_FIELD_NUMBER: _builtins.int
+    VISIBLE_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    epoch: _builtins.int
+    block_tokens: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """sealed blocks"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each"""
+
+    @_builtins.property
+    def place(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each: an index into nodes, or their number: missing"""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def tails(self) -> Global___Tails: ...
+    @_builtins.property
+    def visible(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per layer, where layers differ; else none"""
+
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        place: _abc.Iterable[_builtins.int] | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        tails: Global___Tails | None = ...,
+        visible: _abc.Iterable[_builtins.int] | None = ...,
+        block_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "epoch", b"epoch", "keys", b"keys", "length", b"length", "nodes", b"nodes", "place", b"place", "tails", b"tails", "tokens", b"tokens", "visible", b"visible"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class OpenGroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    LIFE_MS_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    life_ms: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """the requests' chains, one behind the other"""
+
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """keys of each chain"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
+        life_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "lengths", b"lengths", "life_ms", b"life_ms", "namespace_id", b"namespace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenGroupRequest: _TypeAlias = OpenGroupRequest  # noqa: Y015
+
+@_typing.final
+class OpenGroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    LIFE_MS_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    life_ms: _builtins.int
+    """granted"""
+    @_builtins.property
+    def shared(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """indices of keys that two or more chains have, once each"""
+
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """of these: OK held here, EXISTS elsewhere, MISS to be computed"""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of these: where; empty for MISS"""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        shared: _abc.Iterable[_builtins.int] | None = ...,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        life_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "life_ms", b"life_ms", "nodes", b"nodes", "shared", b"shared", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenGroupResponse: _TypeAlias = OpenGroupResponse  # noqa: Y015
+
+@_typing.final
+class CloseGroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseGroupRequest: _TypeAlias = CloseGroupRequest  # noqa: Y015
+
+@_typing.final
+class CloseGroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    shards: _builtins.int
+    """freed"""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        shards: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards", b"shards", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseGroupResponse: _TypeAlias = CloseGroupResponse  # noqa: Y015
+
+@_typing.final
+class SwapStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    name: _builtins.bytes
+    """32 bytes"""
+    expected_version: _builtins.int
+    """0: there is none yet"""
+    key: _builtins.bytes
+    """the new head, a shard that this node holds; empty: remove"""
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        name: _builtins.bytes = ...,
+        expected_version: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_version", b"expected_version", "key", b"key", "name", b"name", "namespace_id", b"namespace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapStateRequest: _TypeAlias = SwapStateRequest  # noqa: Y015
+
+@_typing.final
+class SwapStateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SWAPPED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    swapped: _builtins.bool
+    version: _builtins.int
+    """now"""
+    key: _builtins.bytes
+    """now; empty: none"""
+    def __init__(
+        self,
+        *,
+        swapped: _builtins.bool = ...,
+        version: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "swapped", b"swapped", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapStateResponse: _TypeAlias = SwapStateResponse  # noqa: Y015
+
+@_typing.final
+class ReadStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    name: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        name: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace_id", b"namespace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadStateRequest: _TypeAlias = ReadStateRequest  # noqa: Y015
+
+@_typing.final
+class ReadStateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """0: none"""
+    key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadStateResponse: _TypeAlias = ReadStateResponse  # noqa: Y015
+
+@_typing.final
+class ReportStepsRequest(_message.Message):
+    """Columns: element i is one measured step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    waiting: _builtins.int
+    """requests in the engine's queue now"""
+    @_builtins.property
+    def batch(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """requests in the step"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of KV attended"""
+
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        batch: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "seconds", b"seconds", "tokens", b"tokens", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportStepsRequest: _TypeAlias = ReportStepsRequest  # noqa: Y015
+
+@_typing.final
+class ReportStepsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportStepsResponse: _TypeAlias = ReportStepsResponse  # noqa: Y015
+
+@_typing.final
+class LendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAN_FIELD_NUMBER: _builtins.int
+    DEBTOR_FIELD_NUMBER: _builtins.int
+    DEBTOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    loan: _builtins.int
+    """numbered by the debtor"""
+    debtor: _builtins.str
+    debtor_incarnation: _builtins.int
+    source: _builtins.str
+    """the node that has them"""
+    namespace_id: _builtins.bytes
+    tenant: _builtins.str
+    layers: _builtins.int
+    deadline_ms: _builtins.int
+    """until the loan is renewed"""
+    @_builtins.property
+    def endpoints(self) -> _types_pb2.Endpoints:
+        """the source's"""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one for all, or one per key"""
+
+    def __init__(
+        self,
+        *,
+        loan: _builtins.int = ...,
+        debtor: _builtins.str = ...,
+        debtor_incarnation: _builtins.int = ...,
+        source: _builtins.str = ...,
+        endpoints: _types_pb2.Endpoints | None = ...,
+        namespace_id: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        size_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        layers: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "endpoints", b"endpoints", "keys", b"keys", "layers", b"layers", "loan", b"loan", "namespace_id", b"namespace_id", "size_bytes", b"size_bytes", "source", b"source", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendRequest: _TypeAlias = LendRequest  # noqa: Y015
+
+@_typing.final
+class LendResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUSES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """of those that are not"""
+    incarnation: _builtins.int
+    """the creditor's"""
+    deadline_ms: _builtins.int
+    """granted"""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """OK: reserved, EXISTS: here already; both are lent now"""
+
+    def __init__(
+        self,
+        *,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+        reason: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "incarnation", b"incarnation", "reason", b"reason", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendResponse: _TypeAlias = LendResponse  # noqa: Y015
+
+@_typing.final
+class RenewLoansRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEBTOR_FIELD_NUMBER: _builtins.int
+    DEBTOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    LOANS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    debtor: _builtins.str
+    debtor_incarnation: _builtins.int
+    deadline_ms: _builtins.int
+    @_builtins.property
+    def loans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        debtor: _builtins.str = ...,
+        debtor_incarnation: _builtins.int = ...,
+        loans: _abc.Iterable[_builtins.int] | None = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "loans", b"loans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLoansRequest: _TypeAlias = RenewLoansRequest  # noqa: Y015
+
+@_typing.final
+class RenewLoansResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KNOWN_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    deadline_ms: _builtins.int
+    @_builtins.property
+    def known(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """per loan; false: it is void"""
+
+    @_builtins.property
+    def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per loan, as the creditor counts"""
+
+    def __init__(
+        self,
+        *,
+        known: _abc.Iterable[_builtins.bool] | None = ...,
+        size_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        incarnation: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "incarnation", b"incarnation", "known", b"known", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLoansResponse: _TypeAlias = RenewLoansResponse  # noqa: Y015
+
+@_typing.final
+class ReturnLoanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEBTOR_FIELD_NUMBER: _builtins.int
+    DEBTOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    LOAN_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    DROP_FIELD_NUMBER: _builtins.int
+    debtor: _builtins.str
+    debtor_incarnation: _builtins.int
+    loan: _builtins.int
+    drop: _builtins.bool
+    """else they stay as cache"""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """empty: all"""
+
+    def __init__(
+        self,
+        *,
+        debtor: _builtins.str = ...,
+        debtor_incarnation: _builtins.int = ...,
+        loan: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        drop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "drop", b"drop", "keys", b"keys", "loan", b"loan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnLoanRequest: _TypeAlias = ReturnLoanRequest  # noqa: Y015
+
+@_typing.final
+class ReturnLoanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    """still lent under this loan"""
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnLoanResponse: _TypeAlias = ReturnLoanResponse  # noqa: Y015
+
+@_typing.final
+class RecallLoanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREDITOR_FIELD_NUMBER: _builtins.int
+    CREDITOR_INCARNATION_FIELD_NUMBER: _builtins.int
+    LOAN_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    creditor: _builtins.str
+    creditor_incarnation: _builtins.int
+    loan: _builtins.int
+    size_bytes: _builtins.int
+    """wanted back"""
+    deadline_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        creditor: _builtins.str = ...,
+        creditor_incarnation: _builtins.int = ...,
+        loan: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["creditor", b"creditor", "creditor_incarnation", b"creditor_incarnation", "deadline_ms", b"deadline_ms", "loan", b"loan", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallLoanRequest: _TypeAlias = RecallLoanRequest  # noqa: Y015
+
+@_typing.final
+class RecallLoanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallLoanResponse: _TypeAlias = RecallLoanResponse  # noqa: Y015
+
+@_typing.final
 class StatsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -900,6 +2064,12 @@ class ReadResponse(_message.Message):
         SIZE_BYTES_FIELD_NUMBER: _builtins.int
         LAYERS_FIELD_NUMBER: _builtins.int
         CHECKSUMS_FIELD_NUMBER: _builtins.int
+        TENANT_FIELD_NUMBER: _builtins.int
+        PARENTS_FIELD_NUMBER: _builtins.int
+        OWNERS_FIELD_NUMBER: _builtins.int
+        TTL_MS_FIELD_NUMBER: _builtins.int
+        tenant: _builtins.str
+        """To other nodes only, one per key: what a further replica has to know."""
         @_builtins.property
         def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]: ...
         @_builtins.property
@@ -912,6 +2082,14 @@ class ReadResponse(_message.Message):
         def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """of the found keys' layer parts, in order"""
 
+        @_builtins.property
+        def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+        @_builtins.property
+        def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        @_builtins.property
+        def ttl_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """what is left; 0: until evicted"""
+
         def __init__(
             self,
             *,
@@ -919,10 +2097,14 @@ class ReadResponse(_message.Message):
             size_bytes: _abc.Iterable[_builtins.int] | None = ...,
             layers: _abc.Iterable[_builtins.int] | None = ...,
             checksums: _abc.Iterable[_builtins.int] | None = ...,
+            tenant: _builtins.str = ...,
+            parents: _abc.Iterable[_builtins.bytes] | None = ...,
+            owners: _abc.Iterable[_builtins.str] | None = ...,
+            ttl_ms: _abc.Iterable[_builtins.int] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "layers", b"layers", "size_bytes", b"size_bytes", "statuses", b"statuses"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "layers", b"layers", "owners", b"owners", "parents", b"parents", "size_bytes", b"size_bytes", "statuses", b"statuses", "tenant", b"tenant", "ttl_ms", b"ttl_ms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,96 @@ class NodeServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeResponse.FromString,
                 _registered_method=True)
+        self.OpenSequence = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/OpenSequence',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceResponse.FromString,
+                _registered_method=True)
+        self.Extend = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Extend',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendResponse.FromString,
+                _registered_method=True)
+        self.Append = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Append',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendResponse.FromString,
+                _registered_method=True)
+        self.Seal = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Seal',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealResponse.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Fork',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.Accept = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Accept',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptResponse.FromString,
+                _registered_method=True)
+        self.Truncate = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Truncate',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateResponse.FromString,
+                _registered_method=True)
+        self.CloseSequence = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/CloseSequence',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceResponse.FromString,
+                _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Describe',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeResponse.FromString,
+                _registered_method=True)
+        self.OpenGroup = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/OpenGroup',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupResponse.FromString,
+                _registered_method=True)
+        self.CloseGroup = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/CloseGroup',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupResponse.FromString,
+                _registered_method=True)
+        self.SwapState = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/SwapState',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateResponse.FromString,
+                _registered_method=True)
+        self.ReadState = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/ReadState',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
+                _registered_method=True)
+        self.ReportSteps = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/ReportSteps',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsResponse.FromString,
+                _registered_method=True)
+        self.Lend = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Lend',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendResponse.FromString,
+                _registered_method=True)
+        self.RenewLoans = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/RenewLoans',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansResponse.FromString,
+                _registered_method=True)
+        self.ReturnLoan = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/ReturnLoan',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanResponse.FromString,
+                _registered_method=True)
+        self.RecallLoan = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/RecallLoan',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvfabric.rpc.v1.NodeService/Stats',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.StatsRequest.SerializeToString,
@@ -202,6 +292,129 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenSequence(self, request, context):
+        """Sequences: one request's context, sealed blocks and an open tail with one
+        writer. See proto/README.md, "Sequences".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Extend(self, request, context):
+        """More open blocks at the sequence's end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Append(self, request, context):
+        """Tokens that lie in the open blocks become visible. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Seal(self, request, context):
+        """Open blocks become shards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """A second sequence that shares what the first has up to a position.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Accept(self, request, context):
+        """A tentative fork's content becomes its parent's; the other tentative forks end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Truncate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSequence(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """Where a sequence's blocks lie.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenGroup(self, request, context):
+        """Keeps the prefixes that a batch of requests shares, for the batch's life.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseGroup(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwapState(self, request, context):
+        """A versioned head that points to an immutable shard.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadState(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportSteps(self, request, context):
+        """What an engine measured of its own steps, for the planner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lend(self, request, context):
+        """Between nodes only. Reserves space for another node's shards (all-or-nothing
+        per key, before any byte moves), then fetches them from where they lie.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLoans(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnLoan(self, request, context):
+        """The debtor needs these no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecallLoan(self, request, context):
+        """The creditor wants its memory back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -293,6 +506,96 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.Purge,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeResponse.SerializeToString,
+            ),
+            'OpenSequence': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenSequence,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceResponse.SerializeToString,
+            ),
+            'Extend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Extend,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendResponse.SerializeToString,
+            ),
+            'Append': grpc.unary_unary_rpc_method_handler(
+                    servicer.Append,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendResponse.SerializeToString,
+            ),
+            'Seal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Seal,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkResponse.SerializeToString,
+            ),
+            'Accept': grpc.unary_unary_rpc_method_handler(
+                    servicer.Accept,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptResponse.SerializeToString,
+            ),
+            'Truncate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Truncate,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateResponse.SerializeToString,
+            ),
+            'CloseSequence': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSequence,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceResponse.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeResponse.SerializeToString,
+            ),
+            'OpenGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenGroup,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupResponse.SerializeToString,
+            ),
+            'CloseGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseGroup,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupResponse.SerializeToString,
+            ),
+            'SwapState': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapState,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateResponse.SerializeToString,
+            ),
+            'ReadState': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadState,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.SerializeToString,
+            ),
+            'ReportSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSteps,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsResponse.SerializeToString,
+            ),
+            'Lend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendResponse.SerializeToString,
+            ),
+            'RenewLoans': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLoans,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansResponse.SerializeToString,
+            ),
+            'ReturnLoan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnLoan,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanResponse.SerializeToString,
+            ),
+            'RecallLoan': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecallLoan,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -639,6 +942,492 @@ class NodeService(object):
             '/kvfabric.rpc.v1.NodeService/Purge',
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.PurgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenSequence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/OpenSequence',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSequenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Extend',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ExtendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Append(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Append',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AppendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Seal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Seal',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.SealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Fork',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Accept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Accept',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AcceptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Truncate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Truncate',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.TruncateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSequence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/CloseSequence',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSequenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Describe',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/OpenGroup',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/CloseGroup',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/SwapState',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.SwapStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/ReadState',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/ReportSteps',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Lend',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.LendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLoans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/RenewLoans',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.RenewLoansResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnLoan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/ReturnLoan',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReturnLoanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecallLoan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/RecallLoan',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.RecallLoanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,41 @@ class NodeServiceStub:
     """
     Purge: _grpc.UnaryUnaryMultiCallable[_node_pb2.PurgeRequest, _node_pb2.PurgeResponse]
     """Erases: by namespace, by key with all that continues it, by owner."""
+    OpenSequence: _grpc.UnaryUnaryMultiCallable[_node_pb2.OpenSequenceRequest, _node_pb2.OpenSequenceResponse]
+    """Sequences: one request's context, sealed blocks and an open tail with one
+    writer. See proto/README.md, "Sequences".
+    """
+    Extend: _grpc.UnaryUnaryMultiCallable[_node_pb2.ExtendRequest, _node_pb2.ExtendResponse]
+    """More open blocks at the sequence's end."""
+    Append: _grpc.UnaryUnaryMultiCallable[_node_pb2.AppendRequest, _node_pb2.AppendResponse]
+    """Tokens that lie in the open blocks become visible. Safe to repeat."""
+    Seal: _grpc.UnaryUnaryMultiCallable[_node_pb2.SealRequest, _node_pb2.SealResponse]
+    """Open blocks become shards."""
+    Fork: _grpc.UnaryUnaryMultiCallable[_node_pb2.ForkRequest, _node_pb2.ForkResponse]
+    """A second sequence that shares what the first has up to a position."""
+    Accept: _grpc.UnaryUnaryMultiCallable[_node_pb2.AcceptRequest, _node_pb2.AcceptResponse]
+    """A tentative fork's content becomes its parent's; the other tentative forks end."""
+    Truncate: _grpc.UnaryUnaryMultiCallable[_node_pb2.TruncateRequest, _node_pb2.TruncateResponse]
+    CloseSequence: _grpc.UnaryUnaryMultiCallable[_node_pb2.CloseSequenceRequest, _node_pb2.CloseSequenceResponse]
+    Describe: _grpc.UnaryUnaryMultiCallable[_node_pb2.DescribeRequest, _node_pb2.DescribeResponse]
+    """Where a sequence's blocks lie."""
+    OpenGroup: _grpc.UnaryUnaryMultiCallable[_node_pb2.OpenGroupRequest, _node_pb2.OpenGroupResponse]
+    """Keeps the prefixes that a batch of requests shares, for the batch's life."""
+    CloseGroup: _grpc.UnaryUnaryMultiCallable[_node_pb2.CloseGroupRequest, _node_pb2.CloseGroupResponse]
+    SwapState: _grpc.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]
+    """A versioned head that points to an immutable shard."""
+    ReadState: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]
+    ReportSteps: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReportStepsRequest, _node_pb2.ReportStepsResponse]
+    """What an engine measured of its own steps, for the planner."""
+    Lend: _grpc.UnaryUnaryMultiCallable[_node_pb2.LendRequest, _node_pb2.LendResponse]
+    """Between nodes only. Reserves space for another node's shards (all-or-nothing
+    per key, before any byte moves), then fetches them from where they lie.
+    """
+    RenewLoans: _grpc.UnaryUnaryMultiCallable[_node_pb2.RenewLoansRequest, _node_pb2.RenewLoansResponse]
+    ReturnLoan: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReturnLoanRequest, _node_pb2.ReturnLoanResponse]
+    """The debtor needs these no more."""
+    RecallLoan: _grpc.UnaryUnaryMultiCallable[_node_pb2.RecallLoanRequest, _node_pb2.RecallLoanResponse]
+    """The creditor wants its memory back."""
     Stats: _grpc.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_node_pb2.ExplainRequest, _node_pb2.ExplainResponse]
     """What this node remembers of a key's life."""
@@ -102,6 +137,41 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """
     Purge: _aio.UnaryUnaryMultiCallable[_node_pb2.PurgeRequest, _node_pb2.PurgeResponse]  # type: ignore[assignment]
     """Erases: by namespace, by key with all that continues it, by owner."""
+    OpenSequence: _aio.UnaryUnaryMultiCallable[_node_pb2.OpenSequenceRequest, _node_pb2.OpenSequenceResponse]  # type: ignore[assignment]
+    """Sequences: one request's context, sealed blocks and an open tail with one
+    writer. See proto/README.md, "Sequences".
+    """
+    Extend: _aio.UnaryUnaryMultiCallable[_node_pb2.ExtendRequest, _node_pb2.ExtendResponse]  # type: ignore[assignment]
+    """More open blocks at the sequence's end."""
+    Append: _aio.UnaryUnaryMultiCallable[_node_pb2.AppendRequest, _node_pb2.AppendResponse]  # type: ignore[assignment]
+    """Tokens that lie in the open blocks become visible. Safe to repeat."""
+    Seal: _aio.UnaryUnaryMultiCallable[_node_pb2.SealRequest, _node_pb2.SealResponse]  # type: ignore[assignment]
+    """Open blocks become shards."""
+    Fork: _aio.UnaryUnaryMultiCallable[_node_pb2.ForkRequest, _node_pb2.ForkResponse]  # type: ignore[assignment]
+    """A second sequence that shares what the first has up to a position."""
+    Accept: _aio.UnaryUnaryMultiCallable[_node_pb2.AcceptRequest, _node_pb2.AcceptResponse]  # type: ignore[assignment]
+    """A tentative fork's content becomes its parent's; the other tentative forks end."""
+    Truncate: _aio.UnaryUnaryMultiCallable[_node_pb2.TruncateRequest, _node_pb2.TruncateResponse]  # type: ignore[assignment]
+    CloseSequence: _aio.UnaryUnaryMultiCallable[_node_pb2.CloseSequenceRequest, _node_pb2.CloseSequenceResponse]  # type: ignore[assignment]
+    Describe: _aio.UnaryUnaryMultiCallable[_node_pb2.DescribeRequest, _node_pb2.DescribeResponse]  # type: ignore[assignment]
+    """Where a sequence's blocks lie."""
+    OpenGroup: _aio.UnaryUnaryMultiCallable[_node_pb2.OpenGroupRequest, _node_pb2.OpenGroupResponse]  # type: ignore[assignment]
+    """Keeps the prefixes that a batch of requests shares, for the batch's life."""
+    CloseGroup: _aio.UnaryUnaryMultiCallable[_node_pb2.CloseGroupRequest, _node_pb2.CloseGroupResponse]  # type: ignore[assignment]
+    SwapState: _aio.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]  # type: ignore[assignment]
+    """A versioned head that points to an immutable shard."""
+    ReadState: _aio.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]  # type: ignore[assignment]
+    ReportSteps: _aio.UnaryUnaryMultiCallable[_node_pb2.ReportStepsRequest, _node_pb2.ReportStepsResponse]  # type: ignore[assignment]
+    """What an engine measured of its own steps, for the planner."""
+    Lend: _aio.UnaryUnaryMultiCallable[_node_pb2.LendRequest, _node_pb2.LendResponse]  # type: ignore[assignment]
+    """Between nodes only. Reserves space for another node's shards (all-or-nothing
+    per key, before any byte moves), then fetches them from where they lie.
+    """
+    RenewLoans: _aio.UnaryUnaryMultiCallable[_node_pb2.RenewLoansRequest, _node_pb2.RenewLoansResponse]  # type: ignore[assignment]
+    ReturnLoan: _aio.UnaryUnaryMultiCallable[_node_pb2.ReturnLoanRequest, _node_pb2.ReturnLoanResponse]  # type: ignore[assignment]
+    """The debtor needs these no more."""
+    RecallLoan: _aio.UnaryUnaryMultiCallable[_node_pb2.RecallLoanRequest, _node_pb2.RecallLoanResponse]  # type: ignore[assignment]
+    """The creditor wants its memory back."""
     Stats: _aio.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_node_pb2.ExplainRequest, _node_pb2.ExplainResponse]  # type: ignore[assignment]
     """What this node remembers of a key's life."""
@@ -211,6 +281,149 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.PurgeResponse, _abc.Awaitable[_node_pb2.PurgeResponse]]:
         """Erases: by namespace, by key with all that continues it, by owner."""
+
+    @_abc_1.abstractmethod
+    def OpenSequence(
+        self,
+        request: _node_pb2.OpenSequenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.OpenSequenceResponse, _abc.Awaitable[_node_pb2.OpenSequenceResponse]]:
+        """Sequences: one request's context, sealed blocks and an open tail with one
+        writer. See proto/README.md, "Sequences".
+        """
+
+    @_abc_1.abstractmethod
+    def Extend(
+        self,
+        request: _node_pb2.ExtendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ExtendResponse, _abc.Awaitable[_node_pb2.ExtendResponse]]:
+        """More open blocks at the sequence's end."""
+
+    @_abc_1.abstractmethod
+    def Append(
+        self,
+        request: _node_pb2.AppendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.AppendResponse, _abc.Awaitable[_node_pb2.AppendResponse]]:
+        """Tokens that lie in the open blocks become visible. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def Seal(
+        self,
+        request: _node_pb2.SealRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.SealResponse, _abc.Awaitable[_node_pb2.SealResponse]]:
+        """Open blocks become shards."""
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _node_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ForkResponse, _abc.Awaitable[_node_pb2.ForkResponse]]:
+        """A second sequence that shares what the first has up to a position."""
+
+    @_abc_1.abstractmethod
+    def Accept(
+        self,
+        request: _node_pb2.AcceptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.AcceptResponse, _abc.Awaitable[_node_pb2.AcceptResponse]]:
+        """A tentative fork's content becomes its parent's; the other tentative forks end."""
+
+    @_abc_1.abstractmethod
+    def Truncate(
+        self,
+        request: _node_pb2.TruncateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.TruncateResponse, _abc.Awaitable[_node_pb2.TruncateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CloseSequence(
+        self,
+        request: _node_pb2.CloseSequenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.CloseSequenceResponse, _abc.Awaitable[_node_pb2.CloseSequenceResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Describe(
+        self,
+        request: _node_pb2.DescribeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.DescribeResponse, _abc.Awaitable[_node_pb2.DescribeResponse]]:
+        """Where a sequence's blocks lie."""
+
+    @_abc_1.abstractmethod
+    def OpenGroup(
+        self,
+        request: _node_pb2.OpenGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.OpenGroupResponse, _abc.Awaitable[_node_pb2.OpenGroupResponse]]:
+        """Keeps the prefixes that a batch of requests shares, for the batch's life."""
+
+    @_abc_1.abstractmethod
+    def CloseGroup(
+        self,
+        request: _node_pb2.CloseGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.CloseGroupResponse, _abc.Awaitable[_node_pb2.CloseGroupResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SwapState(
+        self,
+        request: _node_pb2.SwapStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.SwapStateResponse, _abc.Awaitable[_node_pb2.SwapStateResponse]]:
+        """A versioned head that points to an immutable shard."""
+
+    @_abc_1.abstractmethod
+    def ReadState(
+        self,
+        request: _node_pb2.ReadStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReadStateResponse, _abc.Awaitable[_node_pb2.ReadStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReportSteps(
+        self,
+        request: _node_pb2.ReportStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReportStepsResponse, _abc.Awaitable[_node_pb2.ReportStepsResponse]]:
+        """What an engine measured of its own steps, for the planner."""
+
+    @_abc_1.abstractmethod
+    def Lend(
+        self,
+        request: _node_pb2.LendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.LendResponse, _abc.Awaitable[_node_pb2.LendResponse]]:
+        """Between nodes only. Reserves space for another node's shards (all-or-nothing
+        per key, before any byte moves), then fetches them from where they lie.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewLoans(
+        self,
+        request: _node_pb2.RenewLoansRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.RenewLoansResponse, _abc.Awaitable[_node_pb2.RenewLoansResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReturnLoan(
+        self,
+        request: _node_pb2.ReturnLoanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReturnLoanResponse, _abc.Awaitable[_node_pb2.ReturnLoanResponse]]:
+        """The debtor needs these no more."""
+
+    @_abc_1.abstractmethod
+    def RecallLoan(
+        self,
+        request: _node_pb2.RecallLoanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.RecallLoanResponse, _abc.Awaitable[_node_pb2.RecallLoanResponse]]:
+        """The creditor wants its memory back."""
 
     @_abc_1.abstractmethod
     def Stats(

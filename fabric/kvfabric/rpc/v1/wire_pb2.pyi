@@ -70,6 +70,42 @@ class Frame(_message.Message):
     MAP_RESPONSE_FIELD_NUMBER: _builtins.int
     UNMAP_REQUEST_FIELD_NUMBER: _builtins.int
     UNMAP_RESPONSE_FIELD_NUMBER: _builtins.int
+    OPEN_SEQUENCE_REQUEST_FIELD_NUMBER: _builtins.int
+    OPEN_SEQUENCE_RESPONSE_FIELD_NUMBER: _builtins.int
+    EXTEND_REQUEST_FIELD_NUMBER: _builtins.int
+    EXTEND_RESPONSE_FIELD_NUMBER: _builtins.int
+    APPEND_REQUEST_FIELD_NUMBER: _builtins.int
+    APPEND_RESPONSE_FIELD_NUMBER: _builtins.int
+    SEAL_REQUEST_FIELD_NUMBER: _builtins.int
+    SEAL_RESPONSE_FIELD_NUMBER: _builtins.int
+    FORK_REQUEST_FIELD_NUMBER: _builtins.int
+    FORK_RESPONSE_FIELD_NUMBER: _builtins.int
+    ACCEPT_REQUEST_FIELD_NUMBER: _builtins.int
+    ACCEPT_RESPONSE_FIELD_NUMBER: _builtins.int
+    TRUNCATE_REQUEST_FIELD_NUMBER: _builtins.int
+    TRUNCATE_RESPONSE_FIELD_NUMBER: _builtins.int
+    CLOSE_SEQUENCE_REQUEST_FIELD_NUMBER: _builtins.int
+    CLOSE_SEQUENCE_RESPONSE_FIELD_NUMBER: _builtins.int
+    DESCRIBE_REQUEST_FIELD_NUMBER: _builtins.int
+    DESCRIBE_RESPONSE_FIELD_NUMBER: _builtins.int
+    OPEN_GROUP_REQUEST_FIELD_NUMBER: _builtins.int
+    OPEN_GROUP_RESPONSE_FIELD_NUMBER: _builtins.int
+    CLOSE_GROUP_REQUEST_FIELD_NUMBER: _builtins.int
+    CLOSE_GROUP_RESPONSE_FIELD_NUMBER: _builtins.int
+    SWAP_STATE_REQUEST_FIELD_NUMBER: _builtins.int
+    SWAP_STATE_RESPONSE_FIELD_NUMBER: _builtins.int
+    READ_STATE_REQUEST_FIELD_NUMBER: _builtins.int
+    READ_STATE_RESPONSE_FIELD_NUMBER: _builtins.int
+    REPORT_STEPS_REQUEST_FIELD_NUMBER: _builtins.int
+    REPORT_STEPS_RESPONSE_FIELD_NUMBER: _builtins.int
+    LEND_REQUEST_FIELD_NUMBER: _builtins.int
+    LEND_RESPONSE_FIELD_NUMBER: _builtins.int
+    RENEW_LOANS_REQUEST_FIELD_NUMBER: _builtins.int
+    RENEW_LOANS_RESPONSE_FIELD_NUMBER: _builtins.int
+    RETURN_LOAN_REQUEST_FIELD_NUMBER: _builtins.int
+    RETURN_LOAN_RESPONSE_FIELD_NUMBER: _builtins.int
+    RECALL_LOAN_REQUEST_FIELD_NUMBER: _builtins.int
+    RECALL_LOAN_RESPONSE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def retired_segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -155,6 +191,78 @@ class Frame(_message.Message):
     def unmap_request(self) -> Global___UnmapRequest: ...
     @_builtins.property
     def unmap_response(self) -> Global___UnmapResponse: ...
+    @_builtins.property
+    def open_sequence_request(self) -> _node_pb2.OpenSequenceRequest: ...
+    @_builtins.property
+    def open_sequence_response(self) -> _node_pb2.OpenSequenceResponse: ...
+    @_builtins.property
+    def extend_request(self) -> _node_pb2.ExtendRequest: ...
+    @_builtins.property
+    def extend_response(self) -> _node_pb2.ExtendResponse: ...
+    @_builtins.property
+    def append_request(self) -> _node_pb2.AppendRequest: ...
+    @_builtins.property
+    def append_response(self) -> _node_pb2.AppendResponse: ...
+    @_builtins.property
+    def seal_request(self) -> _node_pb2.SealRequest: ...
+    @_builtins.property
+    def seal_response(self) -> _node_pb2.SealResponse: ...
+    @_builtins.property
+    def fork_request(self) -> _node_pb2.ForkRequest: ...
+    @_builtins.property
+    def fork_response(self) -> _node_pb2.ForkResponse: ...
+    @_builtins.property
+    def accept_request(self) -> _node_pb2.AcceptRequest: ...
+    @_builtins.property
+    def accept_response(self) -> _node_pb2.AcceptResponse: ...
+    @_builtins.property
+    def truncate_request(self) -> _node_pb2.TruncateRequest: ...
+    @_builtins.property
+    def truncate_response(self) -> _node_pb2.TruncateResponse: ...
+    @_builtins.property
+    def close_sequence_request(self) -> _node_pb2.CloseSequenceRequest: ...
+    @_builtins.property
+    def close_sequence_response(self) -> _node_pb2.CloseSequenceResponse: ...
+    @_builtins.property
+    def describe_request(self) -> _node_pb2.DescribeRequest: ...
+    @_builtins.property
+    def describe_response(self) -> _node_pb2.DescribeResponse: ...
+    @_builtins.property
+    def open_group_request(self) -> _node_pb2.OpenGroupRequest: ...
+    @_builtins.property
+    def open_group_response(self) -> _node_pb2.OpenGroupResponse: ...
+    @_builtins.property
+    def close_group_request(self) -> _node_pb2.CloseGroupRequest: ...
+    @_builtins.property
+    def close_group_response(self) -> _node_pb2.CloseGroupResponse: ...
+    @_builtins.property
+    def swap_state_request(self) -> _node_pb2.SwapStateRequest: ...
+    @_builtins.property
+    def swap_state_response(self) -> _node_pb2.SwapStateResponse: ...
+    @_builtins.property
+    def read_state_request(self) -> _node_pb2.ReadStateRequest: ...
+    @_builtins.property
+    def read_state_response(self) -> _node_pb2.ReadStateResponse: ...
+    @_builtins.property
+    def report_steps_request(self) -> _node_pb2.ReportStepsRequest: ...
+    @_builtins.property
+    def report_steps_response(self) -> _node_pb2.ReportStepsResponse: ...
+    @_builtins.property
+    def lend_request(self) -> _node_pb2.LendRequest: ...
+    @_builtins.property
+    def lend_response(self) -> _node_pb2.LendResponse: ...
+    @_builtins.property
+    def renew_loans_request(self) -> _node_pb2.RenewLoansRequest: ...
+    @_builtins.property
+    def renew_loans_response(self) -> _node_pb2.RenewLoansResponse: ...
+    @_builtins.property
+    def return_loan_request(self) -> _node_pb2.ReturnLoanRequest: ...
+    @_builtins.property
+    def return_loan_response(self) -> _node_pb2.ReturnLoanResponse: ...
+    @_builtins.property
+    def recall_loan_request(self) -> _node_pb2.RecallLoanRequest: ...
+    @_builtins.property
+    def recall_loan_response(self) -> _node_pb2.RecallLoanResponse: ...
     def __init__(
         self,
         *,
@@ -198,12 +306,48 @@ class Frame(_message.Message):
         map_response: Global___MapResponse | None = ...,
         unmap_request: Global___UnmapRequest | None = ...,
         unmap_response: Global___UnmapResponse | None = ...,
+        open_sequence_request: _node_pb2.OpenSequenceRequest | None = ...,
+        open_sequence_response: _node_pb2.OpenSequenceResponse | None = ...,
+        extend_request: _node_pb2.ExtendRequest | None = ...,
+        extend_response: _node_pb2.ExtendResponse | None = ...,
+        append_request: _node_pb2.AppendRequest | None = ...,
+        append_response: _node_pb2.AppendResponse | None = ...,
+        seal_request: _node_pb2.SealRequest | None = ...,
+        seal_response: _node_pb2.SealResponse | None = ...,
+        fork_request: _node_pb2.ForkRequest | None = ...,
+        fork_response: _node_pb2.ForkResponse | None = ...,
+        accept_request: _node_pb2.AcceptRequest | None = ...,
+        accept_response: _node_pb2.AcceptResponse | None = ...,
+        truncate_request: _node_pb2.TruncateRequest | None = ...,
+        truncate_response: _node_pb2.TruncateResponse | None = ...,
+        close_sequence_request: _node_pb2.CloseSequenceRequest | None = ...,
+        close_sequence_response: _node_pb2.CloseSequenceResponse | None = ...,
+        describe_request: _node_pb2.DescribeRequest | None = ...,
+        describe_response: _node_pb2.DescribeResponse | None = ...,
+        open_group_request: _node_pb2.OpenGroupRequest | None = ...,
+        open_group_response: _node_pb2.OpenGroupResponse | None = ...,
+        close_group_request: _node_pb2.CloseGroupRequest | None = ...,
+        close_group_response: _node_pb2.CloseGroupResponse | None = ...,
+        swap_state_request: _node_pb2.SwapStateRequest | None = ...,
+        swap_state_response: _node_pb2.SwapStateResponse | None = ...,
+        read_state_request: _node_pb2.ReadStateRequest | None = ...,
+        read_state_response: _node_pb2.ReadStateResponse | None = ...,
+        report_steps_request: _node_pb2.ReportStepsRequest | None = ...,
+        report_steps_response: _node_pb2.ReportStepsResponse | None = ...,
+        lend_request: _node_pb2.LendRequest | None = ...,
+        lend_response: _node_pb2.LendResponse | None = ...,
+        renew_loans_request: _node_pb2.RenewLoansRequest | None = ...,
+        renew_loans_response: _node_pb2.RenewLoansResponse | None = ...,
+        return_loan_request: _node_pb2.ReturnLoanRequest | None = ...,
+        return_loan_response: _node_pb2.ReturnLoanResponse | None = ...,
+        recall_loan_request: _node_pb2.RecallLoanRequest | None = ...,
+        recall_loan_response: _node_pb2.RecallLoanResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "accept_request", b"accept_request", "accept_response", b"accept_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "append_request", b"append_request", "append_response", b"append_response", "body", b"body", "close_group_request", b"close_group_request", "close_group_response", b"close_group_response", "close_sequence_request", b"close_sequence_request", "close_sequence_response", b"close_sequence_response", "commit_request", b"commit_request", "commit_response", b"commit_response", "describe_request", b"describe_request", "describe_response", b"describe_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "extend_request", b"extend_request", "extend_response", b"extend_response", "fork_request", b"fork_request", "fork_response", b"fork_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "lend_request", b"lend_request", "lend_response", b"lend_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "open_group_request", b"open_group_request", "open_group_response", b"open_group_response", "open_sequence_request", b"open_sequence_request", "open_sequence_response", b"open_sequence_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "read_state_request", b"read_state_request", "read_state_response", b"read_state_response", "recall_loan_request", b"recall_loan_request", "recall_loan_response", b"recall_loan_response", "release_request", b"release_request", "release_response", b"release_response", "renew_loans_request", b"renew_loans_request", "renew_loans_response", b"renew_loans_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "report_steps_request", b"report_steps_request", "report_steps_response", b"report_steps_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "return_loan_request", b"return_loan_request", "return_loan_response", b"return_loan_response", "seal_request", b"seal_request", "seal_response", b"seal_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "swap_state_request", b"swap_state_request", "swap_state_response", b"swap_state_response", "truncate_request", b"truncate_request", "truncate_response", b"truncate_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "body", b"body", "commit_request", b"commit_request", "commit_response", b"commit_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "release_request", b"release_request", "release_response", b"release_response", "released_leases", b"released_leases", "renew_request", b"renew_request", "renew_response", b"renew_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "stats_request", b"stats_request", "stats_response", b"stats_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request", b"abort_request", "abort_response", b"abort_response", "accept_request", b"accept_request", "accept_response", b"accept_response", "acquire_request", b"acquire_request", "acquire_response", b"acquire_response", "append_request", b"append_request", "append_response", b"append_response", "body", b"body", "close_group_request", b"close_group_request", "close_group_response", b"close_group_response", "close_sequence_request", b"close_sequence_request", "close_sequence_response", b"close_sequence_response", "commit_request", b"commit_request", "commit_response", b"commit_response", "describe_request", b"describe_request", "describe_response", b"describe_response", "error", b"error", "explain_request", b"explain_request", "explain_response", b"explain_response", "extend_request", b"extend_request", "extend_response", b"extend_response", "fork_request", b"fork_request", "fork_response", b"fork_response", "hello_request", b"hello_request", "hello_response", b"hello_response", "id", b"id", "lend_request", b"lend_request", "lend_response", b"lend_response", "map_request", b"map_request", "map_response", b"map_response", "match_request", b"match_request", "match_response", b"match_response", "open_group_request", b"open_group_request", "open_group_response", b"open_group_response", "open_sequence_request", b"open_sequence_request", "open_sequence_response", b"open_sequence_response", "pin_request", b"pin_request", "pin_response", b"pin_response", "purge_request", b"purge_request", "purge_response", b"purge_response", "read_request", b"read_request", "read_response", b"read_response", "read_state_request", b"read_state_request", "read_state_response", b"read_state_response", "recall_loan_request", b"recall_loan_request", "recall_loan_response", b"recall_loan_response", "release_request", b"release_request", "release_response", b"release_response", "released_leases", b"released_leases", "renew_loans_request", b"renew_loans_request", "renew_loans_response", b"renew_loans_response", "renew_request", b"renew_request", "renew_response", b"renew_response", "report_steps_request", b"report_steps_request", "report_steps_response", b"report_steps_response", "reserve_request", b"reserve_request", "reserve_response", b"reserve_response", "retired_segments", b"retired_segments", "return_loan_request", b"return_loan_request", "return_loan_response", b"return_loan_response", "seal_request", b"seal_request", "seal_response", b"seal_response", "stats_request", b"stats_request", "stats_response", b"stats_response", "swap_state_request", b"swap_state_request", "swap_state_response", b"swap_state_response", "truncate_request", b"truncate_request", "truncate_response", b"truncate_response", "unmap_request", b"unmap_request", "unmap_response", b"unmap_response", "unpin_request", b"unpin_request", "unpin_response", b"unpin_response", "verify_request", b"verify_request", "verify_response", b"verify_response", "write_request", b"write_request", "write_response", b"write_response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello_request", "hello_response", "match_request", "match_response", "reserve_request", "reserve_response", "commit_request", "commit_response", "abort_request", "abort_response", "acquire_request", "acquire_response", "renew_request", "renew_response", "release_request", "release_response", "pin_request", "pin_response", "unpin_request", "unpin_response", "purge_request", "purge_response", "stats_request", "stats_response", "explain_request", "explain_response", "read_request", "read_response", "write_request", "write_response", "verify_request", "verify_response", "map_request", "map_response", "unmap_request", "unmap_response"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["error", "hello_request", "hello_response", "match_request", "match_response", "reserve_request", "reserve_response", "commit_request", "commit_response", "abort_request", "abort_response", "acquire_request", "acquire_response", "renew_request", "renew_response", "release_request", "release_response", "pin_request", "pin_response", "unpin_request", "unpin_response", "purge_request", "purge_response", "stats_request", "stats_response", "explain_request", "explain_response", "read_request", "read_response", "write_request", "write_response", "verify_request", "verify_response", "map_request", "map_response", "unmap_request", "unmap_response", "open_sequence_request", "open_sequence_response", "extend_request", "extend_response", "append_request", "append_response", "seal_request", "seal_response", "fork_request", "fork_response", "accept_request", "accept_response", "truncate_request", "truncate_response", "close_sequence_request", "close_sequence_response", "describe_request", "describe_response", "open_group_request", "open_group_response", "close_group_request", "close_group_response", "swap_state_request", "swap_state_response", "read_state_request", "read_state_response", "report_steps_request", "report_steps_response", "lend_request", "lend_response", "renew_loans_request", "renew_loans_response", "return_loan_request", "return_loan_response", "recall_loan_request", "recall_loan_response"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
