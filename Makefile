@@ -72,11 +72,12 @@ $(VENV_READY):
 	$(PY) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet pip==$(PIP_VERSION)
 	@touch $@
 
-# What pip cannot bring: vLLM's CPU build needs libnuma, tests with hosts of their own need ip.
+# What pip cannot bring: vLLM's CPU build needs libnuma, tests need hosts of their own and a Redis.
 $(SYSTEM_READY): $(VENV_READY)
 	@missing=; \
 	$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="libnuma1"; \
 	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
 	if [ -z "$$missing" ]; then touch $@; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "==> Debian packages: $$missing"; \

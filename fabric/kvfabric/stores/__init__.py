@@ -143,7 +143,10 @@ class MemoryStore:
 
 
 def open_store(address: str) -> MetadataStore:
-    """The store at an address: "memory:" or "sqlite:PATH". Refused for any other."""
+    """The store at an address: "memory:", "sqlite:PATH" or "redis://HOST:PORT/DB".
+
+    rediss:// (TLS) and unix:// are Redis too. Refused for any other.
+    """
     kind, _, path = address.partition(":")
     if kind == "memory" and not path:
         return MemoryStore()
@@ -151,7 +154,15 @@ def open_store(address: str) -> MetadataStore:
         from kvfabric.stores.sqlite import SqliteStore
 
         return SqliteStore(path)
-    raise Refused(f"{address!r} is not a store; take memory: or sqlite:PATH")
+    if kind in ("redis", "rediss", "unix") and path.startswith("//"):
+        try:
+            from kvfabric.stores.redis import RedisStore
+        except ImportError as error:
+            raise Refused(
+                f"{address!r} needs the redis package: pip install 'kvfabric[redis]'"
+            ) from error
+        return RedisStore(address)
+    raise Refused(f"{address!r} is not a store; take memory:, sqlite:PATH or redis://HOST:PORT/DB")
 
 
 def check_key(key: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.redis_server import RedisServer
 
 from kvfabric.errors import Conflict, Refused
 from kvfabric.stores import (
@@ -19,6 +20,7 @@ from kvfabric.stores import (
     MetadataStore,
     open_store,
 )
+from kvfabric.stores.redis import RedisStore
 from kvfabric.stores.sqlite import SCAN_PAGE, SqliteStore
 
 
@@ -197,6 +199,16 @@ class TestSqliteStore(StoreContract):
         return SqliteStore(folder / "store.db")
 
 
+class TestRedisStore(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _server(self, redis_server: RedisServer) -> None:
+        redis_server.clear()
+        self.address = redis_server.address
+
+    def make_store(self, folder: Path) -> MetadataStore:
+        return RedisStore(self.address)
+
+
 def test_a_store_is_opened_by_its_address(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     first = open_store(f"sqlite:{path}")
@@ -211,7 +223,7 @@ def test_a_store_is_opened_by_its_address(tmp_path: Path) -> None:
     assert memory.get("key") is None
 
 
-@pytest.mark.parametrize("address", ["", "sqlite", "sqlite:", "memory:x", "etcd:host"])
+@pytest.mark.parametrize("address", ["", "sqlite", "sqlite:", "memory:x", "redis:", "etcd:host"])
 def test_an_unknown_address_is_refused_with_those_that_exist(address: str) -> None:
-    with pytest.raises(Refused, match="take memory: or sqlite:PATH"):
+    with pytest.raises(Refused, match="take memory:, sqlite:PATH or redis"):
         open_store(address)

@@ -1,4 +1,4 @@
-"""SqliteStore does what its in-memory twin does, whatever the order of calls."""
+"""Every store does what its in-memory twin does, whatever the order of calls."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from tests.redis_server import RedisServer
 
 from kvfabric.errors import FabricError
 from kvfabric.stores import Entry, MemoryStore, MetadataStore
+from kvfabric.stores.redis import RedisStore
 from kvfabric.stores.sqlite import SqliteStore
 
 KEYS = st.sampled_from(["a", "a/1", "a/2", "b", "é"])
@@ -71,5 +78,18 @@ class Twins(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Twins.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+SOME = settings(max_examples=25, stateful_step_count=20, deadline=None)
+Twins.TestCase.settings = SOME
 TestTwins = Twins.TestCase
+
+
+def test_redis_is_a_twin_too(redis_server: RedisServer) -> None:
+    class RedisTwins(Twins):
+        def __init__(self) -> None:
+            redis_server.clear()
+            super().__init__()
+
+        def open(self) -> MetadataStore:
+            return RedisStore(redis_server.address)
+
+    run_state_machine_as_test(RedisTwins, settings=SOME)
