@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from kvfabric.manager.epoch import Fenced, FencedStore, assert_newest, next_epoch, outrank
@@ -15,11 +17,12 @@ def test_an_old_manager_changes_nothing_once_a_newer_was_started() -> None:
 
     new = FencedStore(store, next_epoch(store))
 
-    for change in (
+    changes: list[Callable[[], object]] = [
         lambda: old.put("policy", b"late"),
         lambda: old.compare_and_set("policy", b"late", version),
         lambda: old.delete("policy"),
-    ):
+    ]
+    for change in changes:
         with pytest.raises(Fenced, match="epoch 2 was started"):
             change()
     assert new.get("policy") == (b"mine", version)
