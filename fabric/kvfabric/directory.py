@@ -10,7 +10,8 @@ The caller says what a node holds and decides whom to believe; this only keeps b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,6 +64,13 @@ class Located(NamedTuple):
 
     indices: list[int]
     places: list[Place]
+
+
+class Cursor(NamedTuple):
+    """Where a walk over all keys goes on."""
+
+    namespace: NamespaceId
+    bucket: int
 
 
 @dataclass(slots=True)
@@ -224,6 +232,50 @@ class Directory:
                     if len(found) == limit:
                         return found
         return found
+
+    def count(self, wanted: Callable[[Place], bool]) -> int:
+        """How many keys lie at places that are `wanted`. Asks once per place, not per key."""
+        return sum(
+            count
+            for place, count in self._counts.items()
+            if count and (replicas := self._replicas(place)) and wanted(replicas)
+        )
+
+    def pick(
+        self,
+        wanted: Callable[[Place], bool],
+        after: Cursor | None = None,
+        limit_keys: int = SWEEP_KEYS,
+    ) -> tuple[list[tuple[NamespaceId, Key, Place]], Cursor | None]:
+        """Keys at places that are `wanted`, one slice of all keys at a time.
+
+        Returns what was found and where to go on: pass it as `after`, until it is None. Looks
+        at `limit_keys` keys or one bucket, whichever is more. A key that exists throughout
+        is found once; nothing is kept between two calls.
+        """
+        places = {
+            place: replicas
+            for place in self._places
+            if (replicas := self._replicas(place)) and wanted(replicas)
+        }
+        found: list[tuple[NamespaceId, Key, Place]] = []
+        if not places:
+            return found, None
+        rooms = sorted(self._rooms)
+        first = 0 if after is None else bisect.bisect_left(rooms, after.namespace)
+        for namespace in rooms[first:]:
+            resumed = after is not None and namespace == after.namespace
+            for number in range(after.bucket if after and resumed else 0, BUCKETS):
+                if limit_keys <= 0:
+                    return found, Cursor(namespace, number)
+                bucket = self._rooms[namespace][number]
+                limit_keys -= len(bucket)
+                found.extend(
+                    (namespace, Key(key), places[place])
+                    for key, place in bucket.items()
+                    if place in places
+                )
+        return found, None
 
     @property
     def keys(self) -> int:

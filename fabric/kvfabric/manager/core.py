@@ -23,7 +23,8 @@ from kvfabric.manager.events import (
     Register,
     Registered,
 )
-from kvfabric.manager.journal import Journal, JournalEvent
+from kvfabric.manager.journal import JournalEvent
+from kvfabric.manager.parts import Cluster, Part
 from kvfabric.membership import Hearing, Member, Membership, NodeState
 from kvfabric.types import Key, NamespaceId, NodeId
 
@@ -40,11 +41,16 @@ class ManagerCore:
         self._silence_s = silence_s
         self._members = Membership(silence_s)
         self._directory = Directory()
-        self._journal = Journal()
+        self.cluster = Cluster(self._members, self._directory)
+        self._parts: list[Part] = []
         # What a node said it holds, where its last message was to be believed as it is.
         self._claims: dict[NodeId, Inventory] = {}
         self._reporting: set[NodeId] = set()  # in the middle of a full report
         self._ticked_s = now_s
+
+    def join(self, part: Part) -> None:
+        """From now on `part` is told what happens, after those that joined before it."""
+        self._parts.append(part)
 
     # Nodes
 
@@ -65,9 +71,12 @@ class ManagerCore:
         )
         if forgotten is not None:
             self._claims.pop(forgotten, None)
+            self.cluster.orders.forget(forgotten)
         self._reporting.discard(event.node)
         self._directory.drop(event.node)
         self._claims[event.node] = Inventory()
+        if known:
+            self._tell_lost(event.node, now_s)
         self._note(event.node, "registered", f"incarnation {event.incarnation}", now_s)
         return Registered(0)
 
@@ -93,9 +102,17 @@ class ManagerCore:
             cause = applied
         if cause is not None and member.state is NodeState.RESYNC:
             self._note(event.node, "full report wanted", cause.value, now_s)
+        for part in self._parts:
+            part.heard(member, event, now_s)
         wants = self._wants_full(member)
-        outcome = Outcome.APPLIED if applied is True else Outcome.DISTRUSTED
-        return Answer(event.sequence, outcome, wants, cause=cause if wants else None)
+        return Answer(
+            event.sequence,
+            Outcome.APPLIED if applied is True else Outcome.DISTRUSTED,
+            wants,
+            cause=cause if wants else None,
+            commands=self.cluster.orders.take(event.node),
+            draining=event.node in self.cluster.draining,
+        )
 
     def tick(self, now_s: float) -> list[Lost]:
         """Time has passed: find the nodes that fell silent, and tidy a little.
@@ -115,7 +132,10 @@ class ManagerCore:
             replicas = self._directory.drop(node)
             silent_s = now_s - member.heard_s
             self._note(node, "lost", f"silent for {silent_s:.1f} s", now_s)
+            self._tell_lost(node, now_s)
             lost.append(Lost(node, member.incarnation, replicas))
+        for part in self._parts:
+            part.tick(now_s)
         self._directory.sweep()
         return lost
 
@@ -153,7 +173,7 @@ class ManagerCore:
         nodes = {replica.node for _, _, place in found for replica in place}
         events = tuple(
             Explained(now_s - event.at_s, event.node, event.what, event.why)
-            for event in self._journal.explain(namespace, prefix, nodes)
+            for event in self.cluster.journal.explain(namespace, prefix, nodes)
         )
         return Explanation(events, tuple(place for _, _, place in found))
 
@@ -161,6 +181,9 @@ class ManagerCore:
         """Broken unless all books agree. Reads every key."""
         self._directory.check()
         self._members.check()
+        self.cluster.orders.check()
+        for part in self._parts:
+            part.check()
         for member in self._members:
             held = self._directory.inventory(member.node)
             draft = self._directory.inventory(member.node, draft=True)
@@ -173,6 +196,11 @@ class ManagerCore:
                 raise Broken(f"{member.node} has a draft and gives no report")
 
     # Inside
+
+    def _tell_lost(self, node: NodeId, now_s: float) -> None:
+        self.cluster.orders.forget(node)
+        for part in self._parts:
+            part.lost(node, now_s)
 
     def _greet(self, event: Register, now_s: float) -> None:
         """The incarnation that we know registers again: its stream broke."""
@@ -246,12 +274,12 @@ class ManagerCore:
             self._directory.add(event.node, delta.namespace, delta.tier, delta.keys, draft=draft)
 
     def _note(self, node: NodeId, what: str, why: str, now_s: float) -> None:
-        self._journal.note(JournalEvent(now_s, node, what, why))
+        self.cluster.journal.note(JournalEvent(now_s, node, what, why))
 
     def _note_keys(self, event: Heartbeat, now_s: float) -> None:
         def note(what: str, delta: Delta) -> None:
             why = f"heartbeat {event.sequence}, {delta.tier.name.lower()}"
-            self._journal.note(
+            self.cluster.journal.note(
                 JournalEvent(now_s, event.node, what, why, delta.namespace, delta.keys)
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvfabric.directory import Inventory, Place
-from kvfabric.rpc.v1 import types_pb2
+from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import NamespaceId, NodeId, Tier
 
 
@@ -42,7 +42,8 @@ class Delta:
 class Heartbeat:
     """See HeartbeatRequest in control.proto. `inventory` is that after this message.
 
-    `stream` numbers the streams that a node opened, in their order.
+    `stream` numbers the streams that a node opened, in their order. The protos belong to
+    the message: who keeps something of them copies it.
     """
 
     node: NodeId
@@ -55,6 +56,11 @@ class Heartbeat:
     removed: tuple[Delta, ...] = ()
     stats: types_pb2.NodeStats | None = None
     stream: int = 0
+    loans: control_pb2.Loans | None = None
+    sequences: control_pb2.Sequences | None = None
+    heat: control_pb2.Heat | None = None
+    steps: control_pb2.StepSums | None = None
+    links: tuple[control_pb2.Link, ...] = ()
 
 
 class Outcome(enum.Enum):
@@ -85,6 +91,8 @@ class Answer:
     want_full: bool = False
     want_register: bool = False
     cause: Cause | None = None
+    commands: tuple[control_pb2.Command, ...] = ()
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import cast
 
 from kvfabric.directory import Inventory, Place
@@ -15,6 +15,10 @@ from kvfabric.types import DIGEST_BYTES, PROTOCOL_VERSION, Key, NamespaceId, Nod
 
 MAX_LOCATE_KEYS = 4096
 MAX_REPORT_KEYS = 65_536  # of one heartbeat; larger reports go on in the next (`more`)
+MAX_LOANS = 16_384  # of one node's report, as are the next
+MAX_SEQUENCES = 4096
+MAX_HEAT = 4096
+MAX_LINKS = 4096
 MIN_EXPLAIN_BYTES = 2
 MAX_LABELS = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -62,6 +66,11 @@ def heartbeat(request: control_pb2.HeartbeatRequest, stream: int) -> Heartbeat:
         removed=tuple(_delta(each, sized=False) for each in request.removed),
         stats=stats,
         stream=stream,
+        loans=_loans(request),
+        sequences=_sequences(request),
+        heat=_heat(request),
+        steps=request.steps if request.HasField("steps") else None,
+        links=_links(request),
     )
 
 
@@ -127,6 +136,8 @@ def answer(found: Answer, epoch: int) -> control_pb2.HeartbeatResponse:
         sequence=found.sequence,
         want_full=found.want_full,
         want_register=found.want_register,
+        commands=found.commands,
+        draining=found.draining,
     )
 
 
@@ -152,6 +163,62 @@ def explanation(found: Explanation) -> control_pb2.ControlServiceExplainResponse
         for event in found.events
     ]
     return control_pb2.ControlServiceExplainResponse(events=events, places=places(found.places))
+
+
+def _loans(request: control_pb2.HeartbeatRequest) -> control_pb2.Loans | None:
+    if not request.HasField("loans"):
+        return None
+    loans = request.loans
+    columns = (
+        loans.debtor,
+        loans.debtor_incarnation,
+        loans.creditor,
+        loans.creditor_incarnation,
+        loans.state,
+        loans.size_bytes,
+    )
+    _columns("loans", len(loans.loan), columns, MAX_LOANS)
+    return loans
+
+
+def _sequences(request: control_pb2.HeartbeatRequest) -> control_pb2.Sequences | None:
+    if not request.HasField("sequences"):
+        return None
+    sequences = request.sequences
+    columns = (
+        sequences.namespace_id,
+        sequences.tokens,
+        sequences.local_bytes,
+        sequences.remote_bytes,
+        sequences.block_bytes,
+    )
+    _columns("sequences", len(sequences.sequence), columns, MAX_SEQUENCES)
+    return sequences
+
+
+def _heat(request: control_pb2.HeartbeatRequest) -> control_pb2.Heat | None:
+    if not request.HasField("heat"):
+        return None
+    heat = request.heat
+    count, rest = divmod(len(heat.keys), DIGEST_BYTES)
+    if rest:
+        raise Refused(f"{len(heat.keys)} bytes of keys are no multiple of {DIGEST_BYTES}; mend it")
+    _columns("hot shards", count, (heat.namespace_id, heat.reads), MAX_HEAT)
+    return heat
+
+
+def _links(request: control_pb2.HeartbeatRequest) -> tuple[control_pb2.Link, ...]:
+    if len(request.links) > MAX_LINKS:
+        raise Refused(f"{len(request.links)} links in one heartbeat are over {MAX_LINKS}")
+    return tuple(request.links)
+
+
+def _columns(what: str, count: int, columns: Iterable[Sized], limit: int) -> None:
+    if count > limit:
+        raise Refused(f"{count} {what} in one heartbeat are over {limit}; report fewer")
+    for column in columns:
+        if len(column) != count:
+            raise Refused(f"a column of {len(column)} for {count} {what}; give one value for each")
 
 
 def _incarnation(number: int) -> int:

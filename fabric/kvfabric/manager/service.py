@@ -21,12 +21,14 @@ from google.protobuf.message import DecodeError
 
 from kvfabric import logs
 from kvfabric.clock import Clock, SystemClock
-from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsupported
+from kvfabric.errors import FabricError, Refused, Retry
 from kvfabric.manager import messages
+from kvfabric.manager.calls import Calls, translated
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import next_epoch
 from kvfabric.manager.events import Answer
 from kvfabric.manager.settings import ManagerSettings
+from kvfabric.manager.token import peer_token
 from kvfabric.membership import NodeState
 from kvfabric.metrics import MANAGER_METRICS, Metrics, MetricsServer
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc, types_pb2
@@ -42,15 +44,6 @@ TICKS_PER_SILENCE = 20
 STOP_GRACE_S = 1.0
 STOP_DEADLINE_S = 5.0
 _KEEPALIVE_MS = 10_000  # a peer that is gone without a word is noticed after two of them
-
-_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
-    (Denied, grpc.StatusCode.PERMISSION_DENIED),
-    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
-    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
-    (Retry, grpc.StatusCode.UNAVAILABLE),
-    (Conflict, grpc.StatusCode.ABORTED),
-    (FabricError, grpc.StatusCode.INTERNAL),
-)
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -72,19 +65,25 @@ class _Stream:
     heard_s: float
 
 
-class ControlService(control_pb2_grpc.ControlServiceServicer):
+# Further groups of calls stand here, before gRPC's own class, which answers UNIMPLEMENTED;
+# each is a class of `Calls` in a file of its own.
+class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
     """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
 
     def __init__(
-        self, settings: ManagerSettings, epoch: int, clock: Clock, metrics: Metrics
+        self,
+        settings: ManagerSettings,
+        epoch: int,
+        clock: Clock,
+        metrics: Metrics,
+        store: MetadataStore,
     ) -> None:
+        core = ManagerCore(settings.silence_ms / 1000, clock.now())
+        # Parts join the core here, in the order in which they are to be told.
+        super().__init__(core, epoch, clock, metrics, store)
         self._settings = settings
-        self._epoch = epoch
-        self._clock = clock
+        self._peer_token = peer_token(store)
         self.metrics_address = ""  # where they are served
-        self._metrics = metrics
-        self._lock = threading.Lock()  # guards what follows, and the metrics' values
-        self._core = ManagerCore(settings.silence_ms / 1000, clock.now())
         self._numbers = itertools.count(1)
         self._open: dict[int, _Stream] = {}
         self._ticked_s = clock.now()
@@ -96,7 +95,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.RegisterRequest, context: Any
     ) -> control_pb2.RegisterResponse:
         cause = f"register {request.node}/{request.incarnation}"
-        with _translated(context), logs.cause(cause):
+        with translated(context), logs.cause(cause):
             event = messages.register(request)
             with self._lock:
                 answer = self._core.register(event, self._clock.now())
@@ -110,6 +109,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 heartbeat_ms=self._settings.heartbeat_ms,
                 silence_ms=self._settings.silence_ms,
                 known_incarnation=answer.known_incarnation,
+                peer_token=self._peer_token,
             )
 
     def Heartbeat(  # noqa: N802
@@ -118,7 +118,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         stream = self._open_stream(context)
         try:
             for request in request_iterator:
-                with _translated(context):
+                with translated(context):
                     if isinstance(request, bytes):  # see _GarbageToHandlers
                         raise Refused("this is no HeartbeatRequest; see control.proto")
                     yield messages.answer(self._hear(request, stream), self._epoch)
@@ -129,7 +129,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def Locate(  # noqa: N802
         self, request: control_pb2.LocateRequest, context: Any
     ) -> control_pb2.LocateResponse:
-        with _translated(context):
+        with translated(context):
             namespace = messages.namespace_id(request.namespace_id)
             keys = messages.keys(request.keys)
             with self._lock:
@@ -144,7 +144,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def ListNodes(  # noqa: N802
         self, request: control_pb2.ListNodesRequest, context: Any
     ) -> control_pb2.ListNodesResponse:
-        with _translated(context), self._lock:
+        with translated(context), self._lock:
             now_s = self._clock.now()
             nodes = [messages.node_info(member, now_s) for member in self._core.members()]
         return control_pb2.ListNodesResponse(nodes=nodes, epoch=self._epoch)
@@ -152,7 +152,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def Stats(  # noqa: N802
         self, request: control_pb2.ControlServiceStatsRequest, context: Any
     ) -> control_pb2.ControlServiceStatsResponse:
-        with _translated(context), self._lock:
+        with translated(context), self._lock:
             self._set_gauges()
             states = self._core.states()
             counters = [
@@ -170,7 +170,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def Explain(  # noqa: N802
         self, request: control_pb2.ControlServiceExplainRequest, context: Any
     ) -> control_pb2.ControlServiceExplainResponse:
-        with _translated(context):
+        with translated(context):
             namespace, prefix = messages.explain_subject(request)
             with self._lock:
                 return messages.explanation(
@@ -198,7 +198,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             self._core.check()
 
     def _open_stream(self, context: Any) -> _Stream:
-        with _translated(context), self._lock:
+        with translated(context), self._lock:
             if len(self._open) >= MAX_STREAMS:
                 raise Retry(f"{MAX_STREAMS} nodes are heard already; end some, or come later")
             stream = _Stream(next(self._numbers), context, self._clock.now())
@@ -255,7 +255,9 @@ class ManagerServer:
             store = self._open_store(started)
             self.epoch = next_epoch(store)
             metrics = Metrics(MANAGER_METRICS)
-            self._service = ControlService(self.settings, self.epoch, self._clock, metrics)
+            self._service = ControlService(  # type: ignore[abstract]
+                self.settings, self.epoch, self._clock, metrics, store
+            )
             self.address = self._serve(started)
             if self.settings.metrics:
                 server = MetricsServer(metrics, self.settings.metrics)
@@ -334,15 +336,3 @@ class _GarbageToHandlers(grpc.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(
             handler.stream_stream, parse, handler.response_serializer
         )
-
-
-@contextlib.contextmanager
-def _translated(context: Any) -> Iterator[None]:
-    """A fabric's error becomes the call's status, with its text."""
-    try:
-        yield
-    except FabricError as error:
-        code = next(code for kind, code in _CODES if isinstance(error, kind))
-        if code is grpc.StatusCode.INTERNAL:
-            log.exception("call failed")
-        context.abort(code, str(error))

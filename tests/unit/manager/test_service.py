@@ -20,6 +20,7 @@ from kvfabric.manager import service
 from kvfabric.manager.epoch import EPOCH_KEY, next_epoch
 from kvfabric.manager.messages import MAX_LOCATE_KEYS, MAX_REPORT_KEYS
 from kvfabric.manager.service import MAX_MESSAGE_BYTES, ManagerServer, ManagerSettings
+from kvfabric.manager.token import TOKEN_BYTES, TOKEN_KEY, peer_token
 from kvfabric.rpc.v1 import control_pb2 as pb
 from kvfabric.rpc.v1 import control_pb2_grpc, types_pb2
 from kvfabric.stores import MemoryStore
@@ -97,9 +98,11 @@ class Stream:
 def test_a_node_registers_reports_and_is_located(
     stub: control_pb2_grpc.ControlServiceStub,
 ) -> None:
-    assert stub.Register(registration(), timeout=TIMEOUT_S) == pb.RegisterResponse(
-        version=1, epoch=1, heartbeat_ms=500, silence_ms=5000
+    answer = stub.Register(registration(), timeout=TIMEOUT_S)
+    assert answer == pb.RegisterResponse(
+        version=1, epoch=1, heartbeat_ms=500, silence_ms=5000, peer_token=answer.peer_token
     )
+    assert len(answer.peer_token) == TOKEN_BYTES
     stream = Stream(stub)
     assert stream.ask(beat(1, KEYS[:2])) == pb.HeartbeatResponse(epoch=1, sequence=1)
     assert stream.ask(beat(3, [], KEYS[:2])) == pb.HeartbeatResponse(
@@ -444,3 +447,21 @@ def test_settings_come_from_the_environment_and_bad_ones_are_named(
         ManagerSettings(heartbeat_ms=800)
     with pytest.raises(ValidationError, match="listen"):
         ManagerSettings(listen="nowhere")
+
+
+def test_the_peer_token_is_made_once_per_store(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "manager.db")
+    token = peer_token(store)
+    assert len(token) == TOKEN_BYTES
+    store.close()
+    again = SqliteStore(tmp_path / "manager.db")
+    assert peer_token(again) == token
+    assert peer_token(MemoryStore()) != token
+    again.close()
+
+
+def test_a_damaged_peer_token_is_not_handed_out() -> None:
+    store = MemoryStore()
+    store.put(TOKEN_KEY, b"short")
+    with pytest.raises(Broken, match="restore the store"):
+        peer_token(store)

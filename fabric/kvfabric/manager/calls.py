@@ -1,0 +1,54 @@
+"""What every group of ControlService's calls stands on: the core, its lock, clock and store."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from kvfabric import logs
+from kvfabric.clock import Clock
+from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsupported
+from kvfabric.manager.core import ManagerCore
+from kvfabric.metrics import Metrics
+from kvfabric.stores import MetadataStore
+
+_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
+    (Denied, grpc.StatusCode.PERMISSION_DENIED),
+    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
+    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
+    (Retry, grpc.StatusCode.UNAVAILABLE),
+    (Conflict, grpc.StatusCode.ABORTED),
+    (FabricError, grpc.StatusCode.INTERNAL),
+)
+
+log = logs.logger(part="manager")
+
+
+class Calls:
+    """A group of calls. `_lock` guards `_core` and the metrics' values; never do I/O under it."""
+
+    def __init__(
+        self, core: ManagerCore, epoch: int, clock: Clock, metrics: Metrics, store: MetadataStore
+    ) -> None:
+        self._core = core
+        self._epoch = epoch
+        self._clock = clock
+        self._metrics = metrics
+        self._store = store
+        self._lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def translated(context: Any) -> Iterator[None]:
+    """A fabric's error becomes the call's status, with its text."""
+    try:
+        yield
+    except FabricError as error:
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        if code is grpc.StatusCode.INTERNAL:
+            log.exception("call failed")
+        context.abort(code, str(error))
