@@ -18,9 +18,14 @@ from kvfabric import logs
 from kvfabric.errors import FabricError
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 
+FENCED = 3  # exit code
+FENCED_LOOK_S = 0.5
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs until a signal. 0: it ended as told; 2: it could not start, and said why."""
+    """Runs until a signal. 0: it ended as told; 2: it could not start, and said why; 3: it is
+    fenced, for a newer manager was started on its store.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m kvfabric.manager",
         description="What is not given is taken from KVFABRIC_MANAGER_..., else its default.",
@@ -47,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
-    signal.sigwait(ends)
+    while signal.sigtimedwait(ends, FENCED_LOOK_S) is None:
+        if server.fenced.is_set():
+            break
     server.stop()
-    return 0
+    return FENCED if server.fenced.is_set() else 0
 
 
 if __name__ == "__main__":

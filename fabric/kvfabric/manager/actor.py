@@ -66,6 +66,7 @@ class ManagerActor:
             os._exit(1)
         self._fleet = Fleet(nodes)
         self._fleet.start()
+        threading.Thread(target=self._end_if_fenced, name="fenced", daemon=True).start()
 
     @ray.method
     def address(self) -> str:
@@ -80,6 +81,10 @@ class ManagerActor:
     def stop(self) -> None:
         self._fleet.stop()
         self._server.stop()
+
+    def _end_if_fenced(self) -> None:
+        self._server.fenced.wait()
+        os._exit(1)
 
 
 class Fleet:

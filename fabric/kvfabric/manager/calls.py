@@ -13,8 +13,8 @@ from kvfabric import logs
 from kvfabric.clock import Clock
 from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsupported
 from kvfabric.manager.core import ManagerCore
+from kvfabric.manager.epoch import FencedStore
 from kvfabric.metrics import Metrics
-from kvfabric.stores import MetadataStore
 
 _CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
     (Denied, grpc.StatusCode.PERMISSION_DENIED),
@@ -32,7 +32,7 @@ class Calls:
     """A group of calls. `_lock` guards `_core` and the metrics' values; never do I/O under it."""
 
     def __init__(
-        self, core: ManagerCore, epoch: int, clock: Clock, metrics: Metrics, store: MetadataStore
+        self, core: ManagerCore, epoch: int, clock: Clock, metrics: Metrics, store: FencedStore
     ) -> None:
         self._core = core
         self._epoch = epoch

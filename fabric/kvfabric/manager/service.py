@@ -25,14 +25,14 @@ from kvfabric.errors import FabricError, Refused, Retry
 from kvfabric.manager import messages
 from kvfabric.manager.calls import Calls, translated
 from kvfabric.manager.core import ManagerCore
-from kvfabric.manager.epoch import next_epoch
+from kvfabric.manager.epoch import Fenced, FencedStore, assert_newest, next_epoch, outrank
 from kvfabric.manager.events import Answer
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.manager.token import peer_token
 from kvfabric.membership import NodeState
 from kvfabric.metrics import MANAGER_METRICS, Metrics, MetricsServer
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc, types_pb2
-from kvfabric.stores import MetadataStore, open_store
+from kvfabric.stores import open_store
 from kvfabric.types import PROTOCOL_VERSION
 
 __all__ = ["ControlService", "ManagerServer", "ManagerSettings"]
@@ -42,6 +42,7 @@ MAX_STREAMS = 1024  # nodes that may be heard at once; each holds one sleeping t
 MAX_CALLS = 64  # other calls under way at once; more get RESOURCE_EXHAUSTED
 TICKS_PER_SILENCE = 20
 STOP_GRACE_S = 1.0
+EPOCH_CHECK_S = 1.0  # how late a manager may notice that another took over
 STOP_DEADLINE_S = 5.0
 _KEEPALIVE_MS = 10_000  # a peer that is gone without a word is noticed after two of them
 
@@ -76,7 +77,7 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
         epoch: int,
         clock: Clock,
         metrics: Metrics,
-        store: MetadataStore,
+        store: FencedStore,
     ) -> None:
         core = ManagerCore(settings.silence_ms / 1000, clock.now())
         # Parts join the core here, in the order in which they are to be told.
@@ -97,6 +98,7 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
         cause = f"register {request.node}/{request.incarnation}"
         with translated(context), logs.cause(cause):
             event = messages.register(request)
+            self._outrank(request.epoch)
             with self._lock:
                 answer = self._core.register(event, self._clock.now())
             if answer.known_incarnation:
@@ -197,6 +199,13 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
         with self._lock:
             self._core.check()
 
+    def _outrank(self, seen: int) -> None:
+        """A node knows of a greater epoch: the store has lost ours, or we are fenced."""
+        if seen > self._epoch:
+            log.warning("a node has seen a greater epoch", own=self._epoch, seen=seen)
+            self._epoch = self._store.epoch = outrank(self._store, self._epoch, seen)
+            self._metrics.value("kvfabric_manager_epoch").value = self._epoch
+
     def _open_stream(self, context: Any) -> _Stream:
         with translated(context), self._lock:
             if len(self._open) >= MAX_STREAMS:
@@ -245,6 +254,7 @@ class ManagerServer:
         self.epoch = 0  # of a started server
         self.address = ""  # host:port of ControlService, likewise
         self.metrics_address = ""  # host:port, empty where not served
+        self.fenced = threading.Event()  # a newer manager took over; this one has ended
         self._clock = clock or SystemClock()
         self._stopping = threading.Event()
         self._running = contextlib.ExitStack()
@@ -253,7 +263,7 @@ class ManagerServer:
         """Returns once it serves. Refused where the store or an address cannot be had."""
         with contextlib.ExitStack() as started:
             store = self._open_store(started)
-            self.epoch = next_epoch(store)
+            self.epoch = store.epoch
             metrics = Metrics(MANAGER_METRICS)
             self._service = ControlService(  # type: ignore[abstract]
                 self.settings, self.epoch, self._clock, metrics, store
@@ -267,6 +277,11 @@ class ManagerServer:
             ticker = threading.Thread(target=self._tick, name="manager-tick", daemon=True)
             ticker.start()
             started.callback(ticker.join)
+            watch = threading.Thread(
+                target=self._watch, args=(store,), name="manager-watch", daemon=True
+            )
+            watch.start()
+            started.callback(watch.join)
             started.callback(self._stopping.set)
             self._running = started.pop_all()
         log.info("manager serves", address=self.address, epoch=self.epoch)
@@ -279,10 +294,10 @@ class ManagerServer:
         """Broken unless the books of the started server agree. Reads every key: for tests."""
         self._service.check()
 
-    def _open_store(self, started: contextlib.ExitStack) -> MetadataStore:
+    def _open_store(self, started: contextlib.ExitStack) -> FencedStore:
         store = open_store(self.settings.store_address())
         started.callback(store.close)
-        return store
+        return FencedStore(store, next_epoch(store))
 
     def _serve(self, started: contextlib.ExitStack) -> str:
         pool = ThreadPoolExecutor(MAX_STREAMS + MAX_CALLS, thread_name_prefix="manager-call")
@@ -305,6 +320,23 @@ class ManagerServer:
         server.start()
         started.callback(lambda: server.stop(STOP_GRACE_S).wait(STOP_DEADLINE_S))
         return f"{listen.rpartition(':')[0]}:{port}"
+
+    def _watch(self, store: FencedStore) -> None:
+        """Ends the manager when a newer one was started on its store."""
+        away = False
+        while not self._stopping.wait(EPOCH_CHECK_S):
+            try:
+                assert_newest(store, store.epoch)
+                away = False
+            except Fenced as error:
+                log.error("fenced", why=str(error))
+                self.fenced.set()
+                threading.Thread(target=self.stop, name="manager-stop").start()
+                return
+            except FabricError as error:
+                if not away:  # once, not every second
+                    log.warning("the store is away", why=str(error), effect="nothing durable")
+                away = True
 
     def _tick(self) -> None:
         interval_s = self.settings.silence_ms / 1000 / TICKS_PER_SILENCE

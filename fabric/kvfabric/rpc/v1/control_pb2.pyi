@@ -148,10 +148,13 @@ class RegisterRequest(_message.Message):
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     min_version: _builtins.int
     max_version: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
+    epoch: _builtins.int
+    """the greatest manager's epoch that the node has seen"""
     @_builtins.property
     def endpoints(self) -> _types_pb2.Endpoints: ...
     @_builtins.property
@@ -170,10 +173,11 @@ class RegisterRequest(_message.Message):
         endpoints: _types_pb2.Endpoints | None = ...,
         tiers: _abc.Iterable[_types_pb2.TierStats] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "incarnation", b"incarnation", "labels", b"labels", "max_version", b"max_version", "min_version", b"min_version", "node", b"node", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "epoch", b"epoch", "incarnation", b"incarnation", "labels", b"labels", "max_version", b"max_version", "min_version", b"min_version", "node", b"node", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
