@@ -10,7 +10,7 @@ The caller says what a node holds and decides whom to believe; this only keeps b
 
 from __future__ import annotations
 
-import bisect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -71,6 +71,15 @@ class Cursor(NamedTuple):
 
     namespace: NamespaceId
     bucket: int
+    offset: int = 0  # keys of the bucket that were looked at
+
+
+class Lot(NamedTuple):
+    """Keys of one namespace that lie at one place."""
+
+    namespace: NamespaceId
+    place: Place
+    keys: list[Key]
 
 
 @dataclass(slots=True)
@@ -246,36 +255,45 @@ class Directory:
         wanted: Callable[[Place], bool],
         after: Cursor | None = None,
         limit_keys: int = SWEEP_KEYS,
-    ) -> tuple[list[tuple[NamespaceId, Key, Place]], Cursor | None]:
-        """Keys at places that are `wanted`, one slice of all keys at a time.
+        *,
+        namespace: NamespaceId | None = None,
+    ) -> tuple[list[Lot], Cursor | None]:
+        """Keys at places that are `wanted`, in `namespace` or in all; one slice at a time.
 
-        Returns what was found and where to go on: pass it as `after`, until it is None. Looks
-        at `limit_keys` keys or one bucket, whichever is more. A key that exists throughout
-        is found once; nothing is kept between two calls.
+        Returns what was found and where to go on: pass it as `after`, until it is None.
+        Looks at no more than `limit_keys` keys, and asks once per place. Nothing is kept
+        between two calls: of keys that come or go meanwhile, and of those behind them, some
+        may be missed. Who needs all walks until a whole walk finds none.
         """
         places = {
             place: replicas
             for place in self._places
-            if (replicas := self._replicas(place)) and wanted(replicas)
+            if self._counts[place] and (replicas := self._replicas(place)) and wanted(replicas)
         }
-        found: list[tuple[NamespaceId, Key, Place]] = []
-        if not places:
-            return found, None
-        rooms = sorted(self._rooms)
-        first = 0 if after is None else bisect.bisect_left(rooms, after.namespace)
-        for namespace in rooms[first:]:
-            resumed = after is not None and namespace == after.namespace
-            for number in range(after.bucket if after and resumed else 0, BUCKETS):
-                if limit_keys <= 0:
-                    return found, Cursor(namespace, number)
-                bucket = self._rooms[namespace][number]
-                limit_keys -= len(bucket)
-                found.extend(
-                    (namespace, Key(key), places[place])
-                    for key, place in bucket.items()
-                    if place in places
-                )
-        return found, None
+        found: dict[tuple[NamespaceId, int], list[Key]] = {}
+        at = self._next_bucket(after or Cursor(namespace or NamespaceId(b""), 0), namespace)
+        while at is not None and places and limit_keys > 0:
+            bucket = self._rooms[at.namespace][at.bucket]
+            end = min(len(bucket), at.offset + limit_keys)
+            limit_keys -= max(1, end - at.offset)
+            for key, place in itertools.islice(bucket.items(), at.offset, end):
+                if place in places:
+                    found.setdefault((at.namespace, place), []).append(Key(key))
+            if end < len(bucket):
+                at = at._replace(offset=end)
+            else:
+                at = self._next_bucket(Cursor(at.namespace, at.bucket + 1), namespace)
+        lots = [Lot(room, places[place], keys) for (room, place), keys in found.items()]
+        return lots, at if places else None
+
+    def _next_bucket(self, at: Cursor, only: NamespaceId | None) -> Cursor | None:
+        """The first bucket that is there at `at` or behind it; in namespace `only`, if given."""
+        if at.bucket < BUCKETS and at.namespace in self._rooms:
+            return at
+        if only is not None:
+            return Cursor(only, 0) if at.namespace < only and only in self._rooms else None
+        later = [room for room in self._rooms if room > at.namespace]
+        return Cursor(min(later), 0) if later else None
 
     @property
     def keys(self) -> int:

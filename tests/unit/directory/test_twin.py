@@ -75,6 +75,43 @@ class Twins(RuleBasedStateMachine):
         reach = homes.index([]) if [] in homes else len(homes)
         assert [list(located.places[index]) for index in located.indices] == homes[:reach]
 
+    @rule(
+        node=nodes,
+        room=st.none() | rooms,
+        limits=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    )
+    def walk(self, node: NodeId, room: NamespaceId | None, limits: list[int]) -> None:
+        """A walk that nobody disturbs finds each key once, whatever its slices."""
+        found: list[tuple[NamespaceId, Key]] = []
+        cursor, more, number = None, True, 0
+        while more:
+            lots, cursor = self.directory.pick(
+                lambda place: any(replica.node == node for replica in place),
+                cursor,
+                limits[number % len(limits)],
+                namespace=room,
+            )
+            assert sum(len(lot.keys) for lot in lots) <= limits[number % len(limits)]
+            for lot in lots:
+                assert all(list(lot.place) == self.replicas(lot.namespace, key) for key in lot.keys)
+                found += [(lot.namespace, key) for key in lot.keys]
+            number += 1
+            more = cursor is not None
+        assert sorted(found) == sorted(
+            {(space, key) for owner, space, _, key in self.held if owner == node}
+            if room is None
+            else {
+                (room, key) for owner, space, _, key in self.held if (owner, space) == (node, room)
+            }
+        )
+
+    @rule(node=nodes)
+    def count(self, node: NodeId) -> None:
+        mine = {(room, key) for owner, room, _, key in self.held if owner == node}
+        assert len(mine) == self.directory.count(
+            lambda place: any(replica.node == node for replica in place)
+        )
+
     @invariant()
     def same_answers(self) -> None:
         self.directory.check()
