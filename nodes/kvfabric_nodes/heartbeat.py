@@ -104,6 +104,7 @@ class Heartbeat:
         return runs
 
     async def _register_node(self) -> None:
+        self._register.epoch = self.epoch
         while True:
             answer = await self._stub.Register(self._register, timeout=CALL_TIMEOUT_S)
             if not answer.known_incarnation:
