@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -34,6 +35,12 @@ def up(
     manager_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="The gManager's port; else a free one.")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the gManager keeps what is durable: redis://HOST:PORT/DB, else a file."
+        ),
+    ] = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Start a fabric: a gManager, and an rManager on every memory node, as Ray actors.
@@ -48,6 +55,8 @@ def up(
         memory_bytes = parse_size(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from error
+    if store:
+        os.environ["KVFABRIC_MANAGER_STORE"] = store  # as the gManager's settings read it
     signal.signal(signal.SIGTERM, _interrupt)  # a service manager's way to say Ctrl-C
     folder = make_runtime_dir(chosen_runtime_dir(runtime_dir))
     out = console()
