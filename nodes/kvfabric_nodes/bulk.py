@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from kvfabric import failpoints
 from kvfabric.errors import Broken, FabricError, Refused, Unreachable, to_proto
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import NamespaceId, Status
@@ -114,7 +115,11 @@ class _Bulk:
                 handler.clock.now(),
                 streamed=True,
             )
-            put_header(header, found, lease)
+            put_header(header, found, lease, self._session, handler.clock.now())
+            if lease is not None and request.header_only:
+                core.release(self._session, [lease.id])
+                return None
+            failpoints.reach("pull.reading")
             return lease
 
         try:

@@ -12,6 +12,8 @@ meanwhile it is quarantined.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from kvfabric.errors import Denied, Refused
@@ -19,9 +21,22 @@ from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.deadlines import Deadlines
 from kvfabric_nodes.eviction import Eviction
 from kvfabric_nodes.extents import Extent, Extents, slot_bytes
-from kvfabric_nodes.promises import Books, Grant, Item, Lease, Limits, Reservation, Session, Tally
+from kvfabric_nodes.promises import (
+    Books,
+    Copied,
+    Grant,
+    Item,
+    Lease,
+    Limits,
+    Reservation,
+    Session,
+    Tally,
+)
 from kvfabric_nodes.shards import Shard, Shards
 from kvfabric_nodes.story import Story
+
+NO_KEY = Key(b"")  # of an open block, before it is sealed
+HEAT_READS = 3  # below, a shard is not worth telling of
 
 
 class NodeCore:
@@ -46,6 +61,7 @@ class NodeCore:
         self.on_dropped: list[Callable[[Shard, str, float], None]] = []
         # Told of every key that nobody claims any more.
         self.on_unclaimed: list[Callable[[NamespaceId, Key, float], None]] = []
+        self._heat: dict[Shard, None] = {}  # read several times since the last heartbeat
         self._held_bytes = 0
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
@@ -54,6 +70,8 @@ class NodeCore:
         self._ids = 0
         self._tenants: dict[NamespaceId, str] = {}
         self._eviction = Eviction(extents, self.shards, self.drop)
+        # Told of every session that ends, before what it held is taken back.
+        self.on_closed: list[Callable[[Session, float], None]] = []
 
     # Sessions -----------------------------------------------------------------
 
@@ -91,9 +109,11 @@ class NodeCore:
         """Every namespace that a session of this tenant has opened."""
         return frozenset(space for space, owner in self._tenants.items() if owner == tenant)
 
-    def close_session(self, session: Session) -> None:
+    def close_session(self, session: Session, now_s: float = 0.0) -> None:
         """Takes back all it held. To be called once nobody touches its extents any more."""
-        for reservation in list(session.reservations.values()):
+        for told in self.on_closed:
+            told(session, now_s)
+        for reservation in [*session.reservations.values(), *session.tails.values()]:
             for index in list(reservation.items):
                 self._give_back(reservation, index)
         for lease in list(session.leases.values()):
@@ -205,6 +225,66 @@ class NodeCore:
         self._writing[namespace, key] = reservation
         return Grant(Status.OK, extent)
 
+    def reserve_tails(
+        self,
+        session: Session,
+        namespace: NamespaceId,
+        sequence: int,
+        count: int,
+        size_bytes: int,
+        layers: int,
+        now_s: float,
+    ) -> tuple[Reservation | None, str]:
+        """Open blocks of a sequence: as many of `count` as there is room for, and why not more.
+
+        They have no deadline but the sequence's, and no key before they are sealed.
+        """
+        reservation = Reservation(
+            self._next_id(),
+            session,
+            namespace,
+            layers,
+            ttl_s=0.0,
+            deadline_s=math.inf,
+            items={},
+            filling_since_s=now_s,
+            streamed=False,
+            tenant=session.tenant,
+            sequence=sequence,
+        )
+        reason = ""
+        for index in range(count):
+            extent = self._find_room(session.tenant, size_bytes, now_s, evict=True)
+            if extent is None:
+                reason = self._why_full(size_bytes)
+                break
+            self._reserved_bytes += extent.size_bytes
+            reservation.items[index] = Item(NO_KEY, None, size_bytes, extent)
+        if not reservation.items:
+            return None, reason
+        session.tails[reservation.id] = reservation
+        return reservation, reason
+
+    def name_tail(
+        self, reservation: Reservation, index: int, key: Key, parent: Key | None
+    ) -> None:
+        """An open block gets the key under which it will be sealed."""
+        assert reservation.sequence
+        item = reservation.items[index]
+        item.key, item.parent = key, parent
+
+    def end_tails(self, reservation: Reservation) -> None:
+        """The promise of open blocks ends; a session that shares memory may still touch them."""
+        if reservation.expired:
+            return
+        if not reservation.session.shares_memory:
+            self.abort(reservation)
+            return
+        reservation.expired = True
+        for item in reservation.items.values():
+            self._reserved_bytes -= item.extent.size_bytes
+            self._quarantined_bytes += item.extent.size_bytes
+
     def reservation(self, session: Session, reservation_id: int) -> Reservation:
         found = session.reservations.get(reservation_id)
         if found is None or found.streamed:  # a stream's is out of the reach of other calls
@@ -220,8 +300,12 @@ class NodeCore:
         index: int,
         checksums: Sequence[int],
         now_s: float,
+        copied: Copied | None = None,
     ) -> Grant:
-        """Makes one filled and verified key visible to readers; its reservation ends."""
+        """Makes one filled and verified key visible to readers; its reservation ends.
+
+        `copied`: it is a further replica, which is owned and ends as the first one.
+        """
         item = reservation.items.get(index)
         if item is None:
             return Grant(Status.REFUSED, reason="was not granted, or is settled already")
@@ -230,10 +314,16 @@ class NodeCore:
             return Grant(
                 Status.REFUSED, reason="came after its deadline; reserve again, with a longer one"
             )
+        if self.shards.get(reservation.namespace, item.key) is not None:
+            self._give_back(reservation, index)  # somebody sealed it meanwhile
+            return Grant(Status.EXISTS)
         self._settle(reservation, index)
         extent = item.extent
         self._reserved_bytes -= extent.size_bytes
         self._held_bytes += extent.size_bytes
+        copied = copied or Copied(
+            reservation.session.principal, reservation.layers if checksums else 0, reservation.ttl_s
+        )
         shard = Shard(
             namespace=reservation.namespace,
             key=item.key,
@@ -241,10 +331,10 @@ class NodeCore:
             pool=(reservation.tenant, extent.size_bytes),
             extent=extent,
             size_bytes=item.size_bytes,
-            layers=reservation.layers if checksums else 0,
+            layers=copied.layers,
             checksums=tuple(checksums),
-            owner=reservation.session.principal,
-            expires_s=now_s + reservation.ttl_s if reservation.ttl_s else None,
+            owner=copied.owner,
+            expires_s=now_s + copied.ttl_s if copied.ttl_s else None,
         )
         self.shards.add(shard)
         self._report_added(shard)
@@ -315,16 +405,30 @@ class NodeCore:
         if not held:
             return None, found
         size_bytes = 0
+        counted = not session.between_nodes  # a copy to another node is no use of it
         for shard in held:
             shard.last_used = use
-            shard.reads += 1
             shard.extent.holders += 1
             size_bytes += shard.size_bytes
+            if counted:
+                shard.reads += 1
+                if shard.reads >= HEAT_READS and len(self._heat) < self.limits.heat:
+                    self._heat[shard] = None
         deadline_s = now_s + self.bounded(lease_s)
         lease = Lease(self._next_id(), session, held, deadline_s, now_s, size_bytes, streamed)
         session.leases[lease.id] = lease
         self._deadlines.add(lease.deadline_s, lease)
         return lease, found
+
+    def take_heat(self, most: int) -> list[tuple[Shard, int]]:
+        """What was read most since this was asked last, and how often."""
+        heat = [shard for shard in self._heat if shard.present]
+        self._heat.clear()
+        hottest = heapq.nlargest(most, ((shard.reads, i) for i, shard in enumerate(heat)))
+        told = [(heat[index], reads) for reads, index in hottest]
+        for shard in heat:
+            shard.reads = 0
+        return told
 
     def renew(self, session: Session, lease_id: int, lease_s: float, now_s: float) -> None:
         lease = self.lease(session, lease_id)
@@ -455,20 +559,23 @@ class NodeCore:
         reserved: dict[int, Extent] = {}
         quarantined: dict[int, Extent] = {}
         holders: dict[int, int] = {}
+        writing = 0
         for session in self.sessions.values():
-            for reservation in session.reservations.values():
+            for reservation in [*session.reservations.values(), *session.tails.values()]:
                 assert reservation.items, f"reservation {reservation.id} is empty"
                 for item in reservation.items.values():
                     extents = quarantined if reservation.expired else reserved
                     extents[id(item.extent)] = item.extent
-                    writer = self._writing.get((reservation.namespace, item.key))
-                    assert reservation.expired or writer is reservation
+                    if not (reservation.expired or reservation.sequence):
+                        writing += 1
+                        name = (reservation.namespace, item.key)
+                        assert self._writing.get(name) is reservation
             for lease in session.leases.values():
                 for shard in lease.shards:
                     holders[id(shard.extent)] = holders.get(id(shard.extent), 0) + 1
                     if not shard.present:
                         quarantined[id(shard.extent)] = shard.extent
-        assert len(self._writing) == len(reserved)
+        assert len(self._writing) == writing
         held = {id(shard.extent): shard.extent for shard in self.shards}
         used = {id(e): e for s in self.extents.segments.values() for e in s.used.values()}
         assert held.keys() | reserved.keys() | quarantined.keys() == used.keys()
@@ -509,10 +616,11 @@ class NodeCore:
     def _settle(self, reservation: Reservation, index: int) -> Item:
         """One item leaves its reservation; an empty reservation leaves its session."""
         item = reservation.items.pop(index)
-        if not reservation.expired:
+        if not (reservation.expired or reservation.sequence):
             del self._writing[reservation.namespace, item.key]
         if not reservation.items:
-            del reservation.session.reservations[reservation.id]
+            session = reservation.session
+            del (session.tails if reservation.sequence else session.reservations)[reservation.id]
         return item
 
     def _give_back(self, reservation: Reservation, index: int) -> None:

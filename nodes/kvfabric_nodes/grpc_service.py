@@ -125,10 +125,11 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         assert call is not None
         deadline = asyncio.get_running_loop().call_later(deadline_s, call.cancel)
         try:
-            first = node_pb2.ReadResponse(last=lease is None)
-            put_header(first.header, found, lease)
+            first = node_pb2.ReadResponse(last=lease is None or request.header_only)
+            now_s = self._handler.clock.now()
+            put_header(first.header, found, lease, guest.session, now_s)
             yield first
-            present = [(i, s) for i, s in enumerate(found) if s]
+            present = [(i, s) for i, s in enumerate(found) if s and not request.header_only]
             for index, shard in present:
                 view = self._handler.arena.view(
                     shard.extent.segment, shard.extent.offset, shard.size_bytes
@@ -144,6 +145,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
             guest.calls -= 1
             if lease is not None:
                 core.release(guest.session, [lease.id])
+            if lease is not None and not request.header_only:
                 elapsed_s = self._handler.clock.now() - started_s
                 self._handler.metrics.read["grpc"].add(lease.size_bytes, elapsed_s)
 

@@ -83,6 +83,7 @@ class Handler:
         self.identity = identity
         self.locate = locate
         self.metrics = metrics
+        self.peer_token = b""  # what other nodes show; empty: nobody is one
         self._verifier = verifier
         self._calls: dict[str, Call] = {
             "match": self.match,
@@ -128,9 +129,14 @@ class Handler:
     ) -> Session:
         """Opens a session, or adds namespaces to one. `offered`: what this transport can."""
         self._negotiate(request)
+        between_nodes = bool(request.peer_token)
         tenant, _, _ = (request.principal or DEFAULT_TENANT).partition("/")
+        if between_nodes:
+            tenant = ""  # no client's
         features = sorted(offered & set(request.features))
         ids = [self._namespace(space, tenant) for space in request.namespaces]
+        if session is not None and session.between_nodes and not between_nodes:
+            raise Denied("this session is another node's; show its peer_token")
         if session is not None and session.tenant != tenant:
             raise Denied(f"this session belongs to tenant {session.tenant!r}, not {tenant!r}")
         if len(set(ids).union(session.namespaces if session else ())) > MAX_NAMESPACES:
@@ -140,8 +146,9 @@ class Handler:
                 tenant,
                 request.principal or DEFAULT_TENANT,
                 checked="unchecked" not in features,
-                shares_memory="shm" in offered,
+                shares_memory="shm" in offered and not between_nodes,
             )
+            session.between_nodes = between_nodes
         self.core.open_namespaces(session, ids)
         response.version = min(PROTOCOL_VERSION, request.max_version)
         response.node = self.identity.node
@@ -161,7 +168,13 @@ class Handler:
                 f"{request.max_version}, this node {MIN_VERSION} to {PROTOCOL_VERSION}; "
                 "bring the older one up to date"
             )
-        if not hmac.compare_digest(request.token, self.identity.token):
+        if request.peer_token:
+            if not (self.peer_token and hmac.compare_digest(request.peer_token, self.peer_token)):
+                raise Denied(
+                    "wrong peer_token, or this node has none yet: nodes of one fabric get it from "
+                    "their manager when they register"
+                )
+        elif not hmac.compare_digest(request.token, self.identity.token):
             raise Denied("wrong or missing token; set KVFABRIC_TOKEN to the node's")
 
     def _namespace(self, space: types_pb2.Namespace, tenant: str) -> NamespaceId:
@@ -552,11 +565,27 @@ def put_verdicts(response: node_pb2.WriteResponse, grants: list[Grant], *, last:
 
 
 def put_header(
-    header: node_pb2.ReadResponse.Header, found: list[Shard | None], lease: Lease | None
+    header: node_pb2.ReadResponse.Header,
+    found: list[Shard | None],
+    lease: Lease | None,
+    session: Session,
+    now_s: float,
 ) -> None:
-    """What a streamed read is about to send."""
+    """What a streamed read is about to send; to another node also what a replica must know."""
     header.statuses.extend([Status.OK if shard else Status.MISS for shard in found])
     header.size_bytes.extend([shard.size_bytes if shard else 0 for shard in found])
     header.layers.extend([shard.layers if shard else 0 for shard in found])
     for shard in lease.shards if lease else ():
         header.checksums.extend(shard.checksums)
+    if session.between_nodes:
+        header.tenant = next((shard.pool[0] for shard in found if shard), "")
+        header.parents.extend([(shard.parent or b"") if shard else b"" for shard in found])
+        header.owners.extend([shard.owner if shard else "" for shard in found])
+        header.ttl_ms.extend([_left_ms(shard, now_s) if shard else 0 for shard in found])
+
+
+def _left_ms(shard: Shard, now_s: float) -> int:
+    """What is left of its time to live; 0: it has none."""
+    if shard.expires_s is None:
+        return 0
+    return max(1, int((shard.expires_s - now_s) * 1000))

@@ -33,6 +33,7 @@ class Reservation:
     streamed: bool  # the node itself fills it, and gives it back
     tenant: str  # whose memory it takes
     expired: bool = False
+    sequence: int = 0  # whose open blocks these are: out of the reach of commit and abort
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +60,7 @@ class Session:
     between_nodes: bool = False  # its client is another node: every namespace is open to it
     namespaces: set[NamespaceId] = field(default_factory=set)
     reservations: dict[int, Reservation] = field(default_factory=dict)
+    tails: dict[int, Reservation] = field(default_factory=dict)  # of its sequences
     leases: dict[int, Lease] = field(default_factory=dict)
     mapped: set[int] = field(default_factory=set)  # segments whose descriptor it was given
 
@@ -73,6 +75,15 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class Copied:
+    """What a further replica takes over from the one that it was copied from."""
+
+    owner: str
+    layers: int  # 0: it was written without checksums
+    ttl_s: float  # what is left; 0: until evicted
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Every limit of a session's calls, by name."""
 
@@ -82,6 +93,7 @@ class Limits:
     leases: int = 4096  # per session
     namespaces: int = 65536  # whose tenant is remembered
     changes: int = 50_000  # of the inventory, kept for the next heartbeat
+    heat: int = 4096  # shards whose reads are told with the next heartbeat, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -2031,8 +2031,11 @@ class ReadRequest(_message.Message):
     NAMESPACE_ID_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    HEADER_ONLY_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.bytes
     deadline_ms: _builtins.int
+    header_only: _builtins.bool
+    """no payload: what another node asks before it reserves"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -2041,10 +2044,11 @@ class ReadRequest(_message.Message):
         namespace_id: _builtins.bytes = ...,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         deadline_ms: _builtins.int = ...,
+        header_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "header_only", b"header_only", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
