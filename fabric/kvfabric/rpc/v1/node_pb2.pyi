@@ -1702,6 +1702,8 @@ class LendRequest(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    DEBTOR_ENDPOINTS_FIELD_NUMBER: _builtins.int
+    LAST_RESORT_FIELD_NUMBER: _builtins.int
     loan: _builtins.int
     """numbered by the debtor"""
     debtor: _builtins.str
@@ -1713,6 +1715,8 @@ class LendRequest(_message.Message):
     layers: _builtins.int
     deadline_ms: _builtins.int
     """until the loan is renewed"""
+    last_resort: _builtins.bool
+    """asked also of those who owe themselves: nobody else had room"""
     @_builtins.property
     def endpoints(self) -> _types_pb2.Endpoints:
         """the source's"""
@@ -1722,6 +1726,10 @@ class LendRequest(_message.Message):
     @_builtins.property
     def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """one for all, or one per key"""
+
+    @_builtins.property
+    def debtor_endpoints(self) -> _types_pb2.Endpoints:
+        """where a recall goes"""
 
     def __init__(
         self,
@@ -1737,10 +1745,12 @@ class LendRequest(_message.Message):
         size_bytes: _abc.Iterable[_builtins.int] | None = ...,
         layers: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
+        debtor_endpoints: _types_pb2.Endpoints | None = ...,
+        last_resort: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["debtor_endpoints", b"debtor_endpoints", "endpoints", b"endpoints"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "endpoints", b"endpoints", "keys", b"keys", "layers", b"layers", "loan", b"loan", "namespace_id", b"namespace_id", "size_bytes", b"size_bytes", "source", b"source", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "debtor", b"debtor", "debtor_endpoints", b"debtor_endpoints", "debtor_incarnation", b"debtor_incarnation", "endpoints", b"endpoints", "keys", b"keys", "last_resort", b"last_resort", "layers", b"layers", "loan", b"loan", "namespace_id", b"namespace_id", "size_bytes", b"size_bytes", "source", b"source", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1754,12 +1764,15 @@ class LendResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    OWES_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """of those that are not"""
     incarnation: _builtins.int
     """the creditor's"""
     deadline_ms: _builtins.int
     """granted"""
+    owes: _builtins.bool
+    """refused because the creditor owes itself; see last_resort"""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
         """OK: reserved, EXISTS: here already; both are lent now"""
@@ -1771,10 +1784,11 @@ class LendResponse(_message.Message):
         reason: _builtins.str = ...,
         incarnation: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
+        owes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "incarnation", b"incarnation", "reason", b"reason", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "incarnation", b"incarnation", "owes", b"owes", "reason", b"reason", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
