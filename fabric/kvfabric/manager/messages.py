@@ -8,6 +8,7 @@ from typing import cast
 
 from kvfabric.directory import Inventory, Place
 from kvfabric.errors import Refused, Unsupported
+from kvfabric.loans import LoanState
 from kvfabric.manager.events import Answer, Delta, Explanation, Heartbeat, Register
 from kvfabric.membership import Member, NodeState
 from kvfabric.rpc.v1 import control_pb2, types_pb2
@@ -21,6 +22,7 @@ MAX_HEAT = 4096
 MAX_LINKS = 4096
 MIN_EXPLAIN_BYTES = 2
 MAX_LABELS = 32
+_LOAN_STATES = frozenset(int(state) for state in LoanState)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -178,6 +180,8 @@ def _loans(request: control_pb2.HeartbeatRequest) -> control_pb2.Loans | None:
         loans.size_bytes,
     )
     _columns("loans", len(loans.loan), columns, MAX_LOANS)
+    if unknown := set(loans.state) - _LOAN_STATES:
+        raise Refused(f"{sorted(unknown)} are no states of loans; see LoanState in control.proto")
     return loans
 
 
