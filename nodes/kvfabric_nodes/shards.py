@@ -47,6 +47,7 @@ class Shards:
     def __init__(self) -> None:
         self.count = 0
         self.size_bytes = 0
+        self.claimed_bytes = 0  # of those here that somebody needs
         self._rooms: dict[NamespaceId, dict[Key, Shard]] = {}
         self._children: dict[NamespaceId, dict[Key, dict[Key, None]]] = {}
         self._queues: dict[Pool, list[_Candidate]] = {}
@@ -78,6 +79,8 @@ class Shards:
         room[shard.key] = shard
         self.count += 1
         self.size_bytes += shard.size_bytes
+        if self.claimed(shard):
+            self.claimed_bytes += shard.size_bytes
         shard.last_used = self.next_use()
         if shard.parent is not None and self._continues(shard.parent, shard.key, shard.namespace):
             shard.parent = None  # a chain that bites its tail would have no leaf to evict
@@ -93,6 +96,8 @@ class Shards:
         shard.present = False
         self.count -= 1
         self.size_bytes -= shard.size_bytes
+        if self.claimed(shard):
+            self.claimed_bytes -= shard.size_bytes
         if not room:
             del self._rooms[shard.namespace]
         if shard.parent is None:
@@ -113,7 +118,10 @@ class Shards:
 
         It need not be here yet. Each claim ends by one `unclaim`.
         """
-        self._claims[namespace, key] = self._claims.get((namespace, key), 0) + 1
+        count = self._claims.get((namespace, key), 0)
+        self._claims[namespace, key] = count + 1
+        if not count and (shard := self.get(namespace, key)) is not None:
+            self.claimed_bytes += shard.size_bytes
 
     def unclaim(self, namespace: NamespaceId, key: Key) -> None:
         count = self._claims.pop((namespace, key)) - 1
@@ -122,6 +130,7 @@ class Shards:
             return
         shard = self.get(namespace, key)
         if shard is not None:
+            self.claimed_bytes -= shard.size_bytes
             self.consider(shard)
 
     def claims(self, namespace: NamespaceId, key: Key) -> int:
@@ -213,6 +222,7 @@ class Shards:
         """Asserts that index, chains and heap agree."""
         assert self.count == sum(len(room) for room in self._rooms.values())
         assert self.size_bytes == sum(shard.size_bytes for shard in self)
+        assert self.claimed_bytes == sum(s.size_bytes for s in self if self.claimed(s))
         for namespace, families in self._children.items():
             for parent, children in families.items():
                 assert children, f"{parent.hex()} has an empty family"

@@ -817,9 +817,12 @@ class LocateRequest(_message.Message):
     NAMESPACE_ID_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.bytes
     prefix: _builtins.bool
     """stop at the first key that no node holds"""
+    node: _builtins.str
+    """who asks, or its home: what is near it comes first; empty: nobody"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -828,10 +831,11 @@ class LocateRequest(_message.Message):
         namespace_id: _builtins.bytes = ...,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         prefix: _builtins.bool = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "prefix", b"prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespace_id", b"namespace_id", "node", b"node", "prefix", b"prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

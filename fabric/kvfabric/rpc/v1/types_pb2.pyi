@@ -307,6 +307,7 @@ class TierStats(_message.Message):
     WASTED_BYTES_FIELD_NUMBER: _builtins.int
     READY_BYTES_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    CLAIMED_BYTES_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     capacity_bytes: _builtins.int
     held_bytes: _builtins.int
@@ -318,6 +319,8 @@ class TierStats(_message.Message):
     ready_bytes: _builtins.int
     """pre-faulted so far"""
     shards: _builtins.int
+    claimed_bytes: _builtins.int
+    """within held: shards that a sequence, group, state or loan needs"""
     def __init__(
         self,
         *,
@@ -330,10 +333,11 @@ class TierStats(_message.Message):
         wasted_bytes: _builtins.int = ...,
         ready_bytes: _builtins.int = ...,
         shards: _builtins.int = ...,
+        claimed_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "held_bytes", b"held_bytes", "quarantined_bytes", b"quarantined_bytes", "ready_bytes", b"ready_bytes", "reserved_bytes", b"reserved_bytes", "shards", b"shards", "tier", b"tier", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "claimed_bytes", b"claimed_bytes", "free_bytes", b"free_bytes", "held_bytes", b"held_bytes", "quarantined_bytes", b"quarantined_bytes", "ready_bytes", b"ready_bytes", "reserved_bytes", b"reserved_bytes", "shards", b"shards", "tier", b"tier", "wasted_bytes", b"wasted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
