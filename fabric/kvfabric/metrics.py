@@ -108,6 +108,20 @@ NODE_METRICS: tuple[Spec, ...] = (
         ("transport",),
     ),
     Spec("kvfabric_node_heartbeats_total", "counter", "Heartbeats by their answer.", ("outcome",)),
+    Spec("kvfabric_node_pulled_bytes_total", "counter", "Payload copied from other nodes."),
+    Spec("kvfabric_node_pulled_seconds_total", "counter", "Time spent in copying it."),
+    Spec(
+        "kvfabric_node_pulled_keys_total",
+        "counter",
+        "Keys to be copied from other nodes, by what became of them.",
+        ("outcome",),
+    ),
+    Spec(
+        "kvfabric_node_commands_total",
+        "counter",
+        "Commands of the manager, by kind; stale: of an older epoch.",
+        ("kind",),
+    ),
     Spec(
         "kvfabric_node_call_seconds",
         "histogram",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from kvfabric.metrics import NODE_METRICS, Histogram, Metrics
 from kvfabric.rpc.v1 import types_pb2
@@ -25,6 +26,14 @@ class Flow:
         self.seconds += seconds
 
 
+@dataclass(slots=True)
+class PullTally:
+    """What was copied from other nodes: bytes, seconds of reading, and keys by their end."""
+
+    moved: Flow = field(default_factory=Flow)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+
 class NodeMetrics:
     """Tallies of the shells, and the snapshot of all. Refreshed on the core's thread only."""
 
@@ -33,9 +42,11 @@ class NodeMetrics:
         self.read = {transport: Flow() for transport in TRANSPORTS}
         self.written = {transport: Flow() for transport in TRANSPORTS}
         self.protocol_errors = {"unix": 0, "tcp": 0}
-        self.mismatches = {"commit": 0, "verify": 0}
+        self.mismatches = {"commit": 0, "verify": 0, "pull": 0}
         self.refusals = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
         self.heartbeats = {"ok": 0, "full": 0, "register": 0}
+        self.pulls = PullTally()
+        self.commands: Counter[str] = Counter()  # of the manager, by kind
         self.incarnation = incarnation
         self._node = node
         self._core = core
@@ -68,6 +79,7 @@ class NodeMetrics:
             wasted_bytes=books.wasted_bytes,
             ready_bytes=self._arena.ready_bytes,
             shards=books.shards,
+            claimed_bytes=self._core.shards.claimed_bytes,
         )
 
     def refresh(self) -> types_pb2.NodeStats:
@@ -104,6 +116,12 @@ class NodeMetrics:
         ):
             for label, count in counts.items():
                 self._set(name, count, label)
+        self._set("pulled_bytes_total", self.pulls.moved.size_bytes)
+        self._set("pulled_seconds_total", self.pulls.moved.seconds)
+        for outcome, count in self.pulls.outcomes.items():
+            self._set("pulled_keys_total", count, outcome)
+        for kind, count in self.commands.items():
+            self._set("commands_total", count, kind)
         for transport in TRANSPORTS:
             read, written = self.read[transport], self.written[transport]
             self._set("read_bytes_total", read.size_bytes, transport)

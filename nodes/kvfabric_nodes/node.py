@@ -34,6 +34,9 @@ from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
 from kvfabric_nodes.handler import Handler, Identity
 from kvfabric_nodes.heartbeat import Heartbeat
 from kvfabric_nodes.metrics import NodeMetrics
+from kvfabric_nodes.peers import Peers
+from kvfabric_nodes.puller import Puller
+from kvfabric_nodes.pulls import PullLimits
 from kvfabric_nodes.server import WireServer
 from kvfabric_nodes.settings import NodeSettings
 
@@ -58,6 +61,9 @@ class Node:
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="kvfabric-node", daemon=True)
         self._core: NodeCore | None = None
+        self._handler: Handler
+        self._peers: Peers
+        self._puller: Puller
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -97,6 +103,10 @@ class Node:
 
         asyncio.run_coroutine_threadsafe(check(), self._loop).result(STOP_TIMEOUT_S)
 
+    def learn_peer_token(self, token: bytes) -> None:
+        """What the nodes of this fabric show each other, as the manager says."""
+        self._handler.peer_token = self._peers.peer_token = token
+
     def _run(self) -> None:
         try:
             uvloop.run(self._serve())  # a call takes 10 us less of the node than by asyncio's own
@@ -124,8 +134,13 @@ class Node:
             stack.push_async_callback(self._end_tasks)
             self._open_metrics(metrics, stack)
             await self._open_grpc(handler, stack)
-            self._open_wire(handler, stack)
-            self._begin(self._tick(core, metrics))
+            server = self._open_wire(handler, stack)
+            peers = Peers(settings.node, self.endpoints.host)
+            limits = PullLimits(parallel=settings.parallel_pulls)
+            puller = Puller(handler, peers, server.on_core, limits)
+            stack.push_async_callback(_end_peers, peers, puller)
+            self._handler, self._peers, self._puller = handler, peers, puller
+            self._begin(self._tick(core, metrics, peers))
             if settings.manager:
                 heartbeat = Heartbeat(core, metrics, settings.manager, self._registration(metrics))
                 handler.locate = heartbeat.locate
@@ -156,13 +171,14 @@ class Node:
             labels=self.settings.labels,
         )
 
-    async def _tick(self, core: NodeCore, metrics: NodeMetrics) -> None:
+    async def _tick(self, core: NodeCore, metrics: NodeMetrics, peers: Peers) -> None:
         refreshed_s = 0.0
         while True:
             now_s = self._clock.now()
             core.tick(now_s)
             if now_s - refreshed_s >= REFRESH_S:
                 metrics.refresh()
+                peers.sweep()
                 refreshed_s = now_s
             await asyncio.sleep(TICK_S)
 
@@ -197,7 +213,7 @@ class Node:
         stack.push_async_callback(server.stop, 1.0)
         self.endpoints.grpc_address = f"{host}:{port}"
 
-    def _open_wire(self, handler: Handler, stack: contextlib.AsyncExitStack) -> None:
+    def _open_wire(self, handler: Handler, stack: contextlib.AsyncExitStack) -> WireServer:
         server = WireServer(handler)
         stack.push_async_callback(server.close)
         path = self.settings.unix_path
@@ -215,6 +231,7 @@ class Node:
                 ) from error
             server.listen(sock)
             self.endpoints.tcp_address = f"{host}:{sock.getsockname()[1]}"
+        return server
 
 
 def own_process() -> None:
@@ -226,6 +243,13 @@ def own_process() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 1000)
+
+
+async def _end_peers(peers: Peers, puller: Puller) -> None:
+    """While the core still answers: transfers end with their sessions."""
+    ended = asyncio.get_running_loop().run_in_executor(None, peers.close)
+    await puller.close()
+    await ended
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

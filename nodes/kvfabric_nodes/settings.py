@@ -31,10 +31,17 @@ class NodeSettings(BaseSettings):
     metrics: str = "127.0.0.1:0"
     token: str = Field(default="", validation_alias="KVFABRIC_TOKEN")
     labels: dict[str, str] = Field(default_factory=dict)
+    lend: Size | None = None  # lent to other nodes at most; default: half the memory
+    parallel_pulls: int = Field(2, ge=1, le=16)  # transfers from other nodes at once
 
     @property
     def unix_path(self) -> Path:
         return self.runtime_dir / f"{self.node}.sock"
+
+    @property
+    def lend_bytes(self) -> int:
+        """What other nodes may borrow in all."""
+        return self.memory // 2 if self.lend is None else self.lend
 
     @property
     def segment_bytes(self) -> int:

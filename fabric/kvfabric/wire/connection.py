@@ -95,6 +95,11 @@ class Connection:
         self.closed = True
         self._sock.close()
 
+    def interrupt(self) -> None:
+        """For another thread: a call that is under way ends at once with Unreachable."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def detach(self) -> socket.socket:
         """Gives the socket away: to a bulk transfer, right after its hello."""
         self.closed = True
