@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import structlog
 
@@ -24,14 +24,29 @@ PREFAULT_STEP_BYTES = 4 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # nobody can cut memory away under us
 
 
+def _new(segment: int, size_bytes: int) -> int:
+    fd = os.memfd_create(f"kvfabric-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
+
+
+def is_sealed(fd: int, size_bytes: int) -> bool:
+    """Whether this is memory as we make it: of this size, which nobody can change."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return seals & _SEALS == _SEALS and os.fstat(fd).st_size == size_bytes
+
+
 class Memory:
     """One segment's memory."""
 
-    def __init__(self, segment: int, size_bytes: int) -> None:
+    def __init__(self, segment: int, size_bytes: int, fd: int | None = None) -> None:
+        """`fd`: of memory that is there already, with its bytes; it becomes this object's."""
         self.size_bytes = size_bytes
-        self.fd = os.memfd_create(f"kvfabric-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size_bytes)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        self.fd = _new(segment, size_bytes) if fd is None else fd
         self._map = mmap.mmap(self.fd, size_bytes)
         self.view = memoryview(self._map)
         self.ready_bytes = 0
@@ -66,9 +81,24 @@ class Memory:
 class Arena:
     """Memory of every segment by id. The map changes on the core's thread only."""
 
-    def __init__(self, segments: Iterable[int], segment_bytes: int) -> None:
+    def __init__(
+        self,
+        segments: Iterable[int],
+        segment_bytes: int,
+        kept: Mapping[int, Memory] | None = None,
+    ) -> None:
+        """`kept`: memory of an earlier start. Of a segment that is not among `segments` it is
+        closed.
+        """
+        kept = kept or {}
         self.segment_bytes = segment_bytes
-        self._memory = {segment: Memory(segment, segment_bytes) for segment in segments}
+        self.on_replaced: Callable[[int, int], None] | None = None
+        self._memory = {
+            segment: kept.get(segment) or Memory(segment, segment_bytes) for segment in segments
+        }
+        for segment, memory in kept.items():
+            if segment not in self._memory:
+                memory.close()
         self._work = threading.Event()
         self._stopping = False
         self._prefaulter = threading.Thread(
@@ -84,6 +114,10 @@ class Arena:
     def view(self, segment: int, offset: int, size_bytes: int) -> memoryview:
         return self._memory[segment].view[offset : offset + size_bytes]
 
+    def __iter__(self) -> Iterator[int]:
+        """Every segment that has memory, the retired ones included."""
+        return iter(list(self._memory))
+
     def descriptor(self, segment: int) -> int:
         """The memfd; it stays the arena's."""
         return self._memory[segment].fd
@@ -93,6 +127,8 @@ class Arena:
         self._memory.pop(old).close()
         self._memory[new] = Memory(new, self.segment_bytes)
         self._work.set()
+        if self.on_replaced is not None:
+            self.on_replaced(old, new)
 
     def close(self) -> None:
         self._stopping = True

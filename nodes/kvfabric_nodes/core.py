@@ -59,6 +59,10 @@ class NodeCore:
         # Told of every shard that is sealed here, and of every one that goes, with the reason.
         self.on_sealed: list[Callable[[Shard, float], None]] = []
         self.on_dropped: list[Callable[[Shard, str, float], None]] = []
+        # Told of every shard that is pinned or unpinned.
+        self.on_pinned: list[Callable[[Shard], None]] = []
+        # Told before extents are handed out to be written.
+        self.on_granted: list[Callable[[], None]] = []
         # Told of every key that nobody claims any more.
         self.on_unclaimed: list[Callable[[NamespaceId, Key, float], None]] = []
         self._heat: dict[Shard, None] = {}  # read several times since the last heartbeat
@@ -190,6 +194,7 @@ class NodeCore:
             return None, grants
         session.reservations[reservation.id] = reservation
         self._deadlines.add(reservation.deadline_s, reservation)
+        self._tell_granted()
         return reservation, grants
 
     def _reserve_one(
@@ -263,11 +268,14 @@ class NodeCore:
         if not reservation.items:
             return None, reason
         session.tails[reservation.id] = reservation
+        self._tell_granted()
         return reservation, reason
 
-    def name_tail(
-        self, reservation: Reservation, index: int, key: Key, parent: Key | None
-    ) -> None:
+    def _tell_granted(self) -> None:
+        for told in self.on_granted:
+            told()
+
+    def name_tail(self, reservation: Reservation, index: int, key: Key, parent: Key | None) -> None:
         """An open block gets the key under which it will be sealed."""
         assert reservation.sequence
         item = reservation.items[index]
@@ -320,7 +328,6 @@ class NodeCore:
         self._settle(reservation, index)
         extent = item.extent
         self._reserved_bytes -= extent.size_bytes
-        self._held_bytes += extent.size_bytes
         copied = copied or Copied(
             reservation.session.principal, reservation.layers if checksums else 0, reservation.ttl_s
         )
@@ -336,15 +343,56 @@ class NodeCore:
             owner=copied.owner,
             expires_s=now_s + copied.ttl_s if copied.ttl_s else None,
         )
+        self.tally.commits += 1
+        self.hold(shard, "committed", f"by {shard.owner}", now_s)
+        return Grant(Status.OK, extent)
+
+    def hold(self, shard: Shard, what: str, why: str, now_s: float) -> None:
+        """Takes a sealed shard, whose extent is in use, into the books."""
+        self._held_bytes += shard.extent.size_bytes
+        self.pins += shard.pinned
         self.shards.add(shard)
         self._report_added(shard)
         if shard.expires_s is not None:
             self._deadlines.add(shard.expires_s, shard)
-        self.tally.commits += 1
-        self.story.note(now_s, shard.namespace, shard.key, "committed", f"by {shard.owner}")
+        self.story.note(now_s, shard.namespace, shard.key, what, why)
         for told in self.on_sealed:
             told(shard, now_s)
-        return Grant(Status.OK, extent)
+
+    def freeze(
+        self, tenant: str, segment: int, shards: list[Shard], empty: Iterable[Extent], now_s: float
+    ) -> Session:
+        """A session that stands for clients of an earlier start, which map this segment.
+
+        Nothing of it is granted anew before that session is closed: its `shards` are served
+        and stay where they are, and what else lies there (`empty`) is quarantined.
+        """
+        session = self.open_session(tenant, tenant)
+        session.mapped.add(segment)
+        if shards:
+            size_bytes = sum(shard.size_bytes for shard in shards)
+            lease = Lease(self._next_id(), session, shards, math.inf, now_s, size_bytes, False)
+            session.leases[lease.id] = lease
+        for shard in shards:
+            shard.extent.holders += 1
+        items = {i: Item(NO_KEY, None, e.size_bytes, e) for i, e in enumerate(empty)}
+        if items:
+            reservation = Reservation(
+                self._next_id(),
+                session,
+                NamespaceId(b""),
+                layers=1,
+                ttl_s=0.0,
+                deadline_s=now_s,
+                items=items,
+                filling_since_s=now_s,
+                streamed=False,
+                tenant=tenant,
+                expired=True,
+            )
+            session.reservations[reservation.id] = reservation
+            self._quarantined_bytes += sum(item.extent.size_bytes for item in items.values())
+        return session
 
     def reject(self, reservation: Reservation, index: int, reason: str, now_s: float) -> Grant:
         """Frees one key of a reservation whose fill was found wrong."""
@@ -479,6 +527,8 @@ class NodeCore:
                 self.pins += pinned - shard.pinned
                 shard.pinned = pinned
                 self.shards.consider(shard)
+                for told in self.on_pinned:
+                    told(shard)
         return statuses
 
     def purge(

@@ -8,7 +8,7 @@ to a power of two. Bytes, files and policies are somebody else's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 SLOT_ALIGNMENT_BYTES = 64
@@ -61,13 +61,15 @@ class Extents:
     through `add` once its old bytes are out of everybody's reach.
     """
 
-    def __init__(self, segments: int, segment_bytes: int) -> None:
+    def __init__(
+        self, segments: int, segment_bytes: int, first_segment: int = 1, first_generation: int = 1
+    ) -> None:
         self.segment_bytes = segment_bytes
         self.segments: dict[int, Segment] = {}
         self.retired: dict[int, Segment] = {}
         self._count = segments
-        self._next_segment = 1
-        self._next_generation = 1
+        self._next_segment = first_segment
+        self._next_generation = first_generation
         self._pools: dict[Pool, dict[int, Segment]] = {}  # all slabs of a pool, by id
         self._open: dict[Pool, dict[int, Segment]] = {}  # those with free slots
         self._nobodys: dict[int, Segment] = {}
@@ -137,6 +139,36 @@ class Extents:
         """A fresh segment for a retired one whose bytes nobody can reach any more."""
         del self.retired[retired_id]
         return self.add()
+
+    def restore(self, segment_id: int, pool: Pool, used: Mapping[int, int]) -> list[Extent]:
+        """A slab of an earlier start under its old id, in the place of a nobody's segment.
+
+        `used`: the generation by offset of each slot that is in use.
+        """
+        segment = self._instead_of_nobodys(segment_id)
+        segment.cut(*pool)
+        segment.free_offsets = [o for o in segment.free_offsets if o not in used]
+        extents = [
+            Extent(segment_id, offset, pool[1], generation) for offset, generation in used.items()
+        ]
+        segment.used = {extent.offset: extent for extent in extents}
+        self.segments[segment_id] = segment
+        self._pools.setdefault(pool, {})[segment_id] = segment
+        if segment.free_offsets:
+            self._open.setdefault(pool, {})[segment_id] = segment
+        return extents
+
+    def restore_retired(self, segment_id: int) -> None:
+        """A segment of an earlier start that holds nothing but may still be mapped."""
+        self.retired[segment_id] = self._instead_of_nobodys(segment_id)
+
+    def _instead_of_nobodys(self, segment_id: int) -> Segment:
+        fresh = self._take_nobodys()
+        assert fresh is not None, f"there is no place for segment {segment_id}"
+        assert segment_id not in self.segments
+        assert segment_id not in self.retired
+        del self.segments[fresh.id]
+        return Segment(segment_id, self.segment_bytes)
 
     def slabs(self, pool: Pool) -> Iterator[Segment]:
         yield from self._pools.get(pool, {}).values()
