@@ -1343,15 +1343,19 @@ class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    first_block: _builtins.int
+    """of those to tell of; an answer has 8,192 at most"""
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
+        first_block: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1370,12 +1374,15 @@ class DescribeResponse(_message.Message):
     TAILS_FIELD_NUMBER: _builtins.int
     VISIBLE_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     length: _builtins.int
     epoch: _builtins.int
     block_tokens: _builtins.int
+    blocks: _builtins.int
+    """sealed ones in all"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """sealed blocks"""
+        """sealed blocks, from first_block on"""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1405,10 +1412,11 @@ class DescribeResponse(_message.Message):
         tails: Global___Tails | None = ...,
         visible: _abc.Iterable[_builtins.int] | None = ...,
         block_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "epoch", b"epoch", "keys", b"keys", "length", b"length", "nodes", b"nodes", "place", b"place", "tails", b"tails", "tokens", b"tokens", "visible", b"visible"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "epoch", b"epoch", "keys", b"keys", "length", b"length", "nodes", b"nodes", "place", b"place", "tails", b"tails", "tokens", b"tokens", "visible", b"visible"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
