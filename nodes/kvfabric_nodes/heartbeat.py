@@ -1,4 +1,4 @@
-"""The node's side of the control plane: registers, reports its inventory, asks where keys lie.
+"""The node's side of the control plane: registers, reports, and hears what the manager wants.
 
 It runs on the core's loop. While the manager is away it keeps trying, and the node goes
 on alone: what changed meanwhile is reported in full.
@@ -7,34 +7,37 @@ on alone: what changed meanwhile is reported in full.
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import structlog
 
 from kvfabric.errors import FabricError, Unsupported
-from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc, node_pb2, types_pb2
-from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId
+from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
+from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.inquiries import Inquiries
 from kvfabric_nodes.metrics import NodeMetrics
+from kvfabric_nodes.reports import Reports
 
 log = structlog.get_logger(__name__)
 
-REPORT_SHARDS = 16_384  # per message: the manager takes one in without a long pause
 RETRY_S = 0.5
+POKE_GAP_S = 0.01  # between two heartbeats, however often somebody pokes
 CALL_TIMEOUT_S = 5.0
-LOCATE_TIMEOUT_S = 0.25  # a match waits for it: better a miss than a late answer
 PULSE_TIMEOUT_S = 10.0
 
 _AWAY = (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError)
 
-Change = tuple[NamespaceId, Key, int]  # size in bytes; 0 for removed ones
-
 
 class Heartbeat:
-    """One per node. `identity` is told by `incarnation`, which the manager may raise."""
+    """One per node, which is told by its incarnation, which the manager may raise.
+
+    `registered` is told of every registration, `obey` of the manager's commands with the
+    epoch that they come from. Those of an older epoch than was seen are not passed on.
+    """
 
     def __init__(
         self,
@@ -43,8 +46,10 @@ class Heartbeat:
         manager: str,
         register: control_pb2.RegisterRequest,
     ) -> None:
-        self.epoch = 0
-        self.connected = False
+        self.epoch = 0  # the greatest that was seen
+        self.registered: Callable[[control_pb2.RegisterResponse], None] | None = None
+        self.obey: Callable[[Sequence[control_pb2.Command], int], None] | None = None
+        self.reports = Reports(core, metrics, register.node)
         self._core = core
         self._metrics = metrics
         self._register = register
@@ -57,7 +62,14 @@ class Heartbeat:
             ],
         )
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+        self.inquiries = Inquiries(self._stub, register.node)
         self._heartbeat_s = RETRY_S
+        self._poked = asyncio.Event()
+        self._regular_s = float("-inf")  # when the last one was sent that came to its time
+
+    def poke(self) -> None:
+        """There is something that the manager should hear of soon."""
+        self._poked.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -73,35 +85,10 @@ class Heartbeat:
                     if why != told:  # once, not at every attempt
                         log.warning("manager_away", why=why, effect="the node goes on alone")
                     told = why
-                self.connected = False
+                self.inquiries.connected = False
                 await asyncio.sleep(RETRY_S)
         finally:
             await self._channel.close()
-
-    async def locate(
-        self, namespace: NamespaceId, keys: Sequence[Key]
-    ) -> list[node_pb2.MatchResponse.Run]:
-        """Where the first of these keys lie; nothing while the manager does not answer."""
-        if not self.connected:
-            return []
-        request = control_pb2.LocateRequest(namespace_id=namespace, keys=keys, prefix=True)
-        try:
-            answer = await self._stub.Locate(request, timeout=LOCATE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            log.warning("locate_failed", why=_brief(error))
-            self.connected = False  # not asked again before it answers a heartbeat
-            return []
-        runs: list[node_pb2.MatchResponse.Run] = []
-        for index, places in itertools.groupby(answer.place):
-            if index >= len(answer.places):
-                break
-            place = answer.places[index]
-            runs.append(
-                node_pb2.MatchResponse.Run(
-                    count=sum(1 for _ in places), node=place.nodes[0], tier=place.tiers[0]
-                )
-            )
-        return runs
 
     async def _register_node(self) -> None:
         self._register.epoch = self.epoch
@@ -113,19 +100,26 @@ class Heartbeat:
             self._metrics.incarnation = self._register.incarnation
         if answer.version != PROTOCOL_VERSION:
             raise Unsupported(f"the manager speaks protocol {answer.version}")
-        self.epoch = answer.epoch
+        self.epoch = max(self.epoch, answer.epoch)
         self._heartbeat_s = answer.heartbeat_ms / 1000
+        if self.registered is not None:
+            self.registered(answer)
         log.info("registered", epoch=answer.epoch, incarnation=self._register.incarnation)
 
     async def _pulse(self) -> None:
         """Heartbeats on one stream until it breaks or the manager forgets us."""
         stream = self._stub.Heartbeat()
+        loop = asyncio.get_running_loop()
         sequence = 0
         full = True
         try:
             while True:
                 want_full = False
-                for message in self._messages(full):
+                regular = full or loop.time() >= self._regular_s + self._heartbeat_s
+                if regular:
+                    self._regular_s = loop.time()
+                self._poked.clear()
+                for message in self.reports.messages(full=full, with_stats=regular):
                     sequence += 1
                     message.sequence = sequence
                     async with asyncio.timeout(PULSE_TIMEOUT_S):
@@ -133,63 +127,40 @@ class Heartbeat:
                         answer = await stream.read()
                     if not isinstance(answer, control_pb2.HeartbeatResponse):
                         return  # the stream has ended
-                    self.epoch = max(self.epoch, answer.epoch)
                     if answer.want_register:
                         self._metrics.heartbeats["register"] += 1
                         return
                     want_full = answer.want_full
+                    self._hear(answer)
                 was_full, full = full, want_full
                 self._metrics.heartbeats["full" if full else "ok"] += 1
-                self.connected = True
+                self.inquiries.connected = True
                 if was_full or not full:  # a full report that does not please can wait, too
-                    await asyncio.sleep(self._heartbeat_s)
+                    await self._pause(may_be_poked=not full)
         finally:
             stream.cancel()
 
-    def _messages(self, full: bool) -> Iterable[control_pb2.HeartbeatRequest]:
-        """What changed since the last heartbeat, or all that there is, in limited messages."""
-        core = self._core
-        full = full or core.changes_lost
-        shards = core.shards if full else core.added.values()
-        added = [(s.namespace, s.key, s.size_bytes) for s in shards]
-        removed = [] if full else [(namespace, key, 0) for namespace, key in core.removed]
-        core.added.clear()
-        core.removed.clear()
-        core.changes_lost = False
-        count, checksum = core.shards.count, core.inventory_hash
-        stats = self._metrics.stats()
-        pieces = [
-            added[start : start + REPORT_SHARDS] for start in range(0, len(added), REPORT_SHARDS)
-        ] or [[]]
-        for number, piece in enumerate(pieces, start=1):
-            last = number == len(pieces)
-            yield control_pb2.HeartbeatRequest(
-                node=self._register.node,
-                incarnation=self._register.incarnation,
-                full=full,
-                more=not last,
-                added=_inventories(piece),
-                removed=_inventories(removed),
-                inventory_count=count if last else 0,
-                inventory_hash=checksum if last else 0,
-                stats=stats if last else None,
-            )
+    def _hear(self, answer: control_pb2.HeartbeatResponse) -> None:
+        """What the manager wants, unless a newer one was heard before."""
+        if answer.epoch < self.epoch:
+            self._metrics.commands["stale"] += len(answer.commands)
+            log.warning("manager_stale", epoch=answer.epoch, seen=self.epoch)
+            return
+        self.epoch = answer.epoch
+        self._core.draining = answer.draining
+        if answer.commands and self.obey is not None:
+            self.obey(answer.commands, answer.epoch)
 
-
-def _inventories(changes: list[Change]) -> list[control_pb2.Inventory]:
-    """Columns per namespace."""
-    rooms: dict[NamespaceId, list[Change]] = {}
-    for change in changes:
-        rooms.setdefault(change[0], []).append(change)
-    return [
-        control_pb2.Inventory(
-            namespace_id=namespace,
-            tier=types_pb2.TIER_DRAM,
-            keys=b"".join(key for _, key, _ in room),
-            size_bytes=[size for _, _, size in room if size],
-        )
-        for namespace, room in rooms.items()
-    ]
+    async def _pause(self, *, may_be_poked: bool) -> None:
+        """Until the next heartbeat is due, or somebody pokes."""
+        await asyncio.sleep(min(POKE_GAP_S, self._heartbeat_s))
+        left_s = self._regular_s + self._heartbeat_s - asyncio.get_running_loop().time()
+        if not may_be_poked:
+            await asyncio.sleep(max(0.0, left_s))
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                await self._poked.wait()
 
 
 def _brief(error: Any) -> str:
