@@ -24,7 +24,10 @@ from kvfabric.manager.events import (
     Registered,
 )
 from kvfabric.manager.journal import JournalEvent
+from kvfabric.manager.lending import Lending
 from kvfabric.manager.parts import Cluster, Part
+from kvfabric.manager.planning import Planning
+from kvfabric.manager.repaying import Repaying
 from kvfabric.membership import Hearing, Member, Membership, NodeState
 from kvfabric.types import Key, NamespaceId, NodeId
 
@@ -42,7 +45,10 @@ class ManagerCore:
         self._members = Membership(silence_s)
         self._directory = Directory()
         self.cluster = Cluster(self._members, self._directory)
-        self._parts: list[Part] = []
+        self.lending = Lending(self.cluster)
+        self.planning = Planning(self.cluster)
+        repaying = Repaying(self.cluster, self.planning.waiting)
+        self._parts: list[Part] = [self.lending, self.planning, repaying]
         # What a node said it holds, where its last message was to be believed as it is.
         self._claims: dict[NodeId, Inventory] = {}
         self._reporting: set[NodeId] = set()  # in the middle of a full report

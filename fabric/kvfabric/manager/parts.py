@@ -6,14 +6,20 @@ reads what all know of the cluster, and acts by posting commands only.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvfabric import placement
 from kvfabric.directory import Directory
+from kvfabric.ledger import Ledger
+from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.journal import Journal, JournalEvent
+from kvfabric.manager.links import Links
 from kvfabric.manager.orders import Orders
 from kvfabric.membership import Member, Membership, NodeState
+from kvfabric.placement import Candidate, Site
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import NamespaceId, NodeId
 
@@ -28,6 +34,8 @@ class Cluster:
     journal: Journal = field(default_factory=Journal)
     # Nodes that take nothing new in: written by who keeps policies, told to the nodes.
     draining: set[NodeId] = field(default_factory=set)
+    ledger: Ledger = field(default_factory=Ledger)
+    links: Links = field(default_factory=Links)
 
     def order(self, node: NodeId, command: control_pb2.Command, now_s: float) -> int:
         """Post a command and remember it with its reason. Returns its id, 0: no room."""
@@ -53,6 +61,52 @@ class Cluster:
         """Whether the node is known and was heard lately."""
         return self.members.known_incarnation(node) != 0 and (
             self.members[node].state is not NodeState.LOST
+        )
+
+    def candidates(
+        self, asker: NodeId, promised: Mapping[NodeId, int] | None = None
+    ) -> list[Candidate]:
+        """Every living node as placement sees it from `asker`, in the order of their names."""
+        promised = promised or {}
+        return [
+            self._candidate(member, asker, promised.get(member.node, 0))
+            for member in self.members
+            if member.state is not NodeState.LOST
+        ]
+
+    def site(self, node: NodeId) -> Site:
+        """Where a node stands; of an unknown one nothing but its name."""
+        if self.members.known_incarnation(node):
+            return sites.site(self.members[node])
+        return Site(node)
+
+    def destinations(
+        self, near: NodeId, size_bytes: int, exclude: Collection[NodeId] = ()
+    ) -> list[NodeId]:
+        """Where so many bytes of `near` could go, best first. Nodes with room only."""
+        found = placement.destinations(self.site(near), self.candidates(near), size_bytes, exclude)
+        return found.nodes
+
+    def spread(self, holders: Sequence[NodeId], size_bytes: int, count: int) -> list[NodeId]:
+        """Up to `count` further nodes for replicas, as far from all `holders` as there are."""
+        first = holders[0] if holders else NodeId("")
+        return placement.spread(
+            [self.site(node) for node in holders], self.candidates(first), size_bytes, count
+        )
+
+    def _candidate(self, member: Member, asker: NodeId, promised_bytes: int) -> Candidate:
+        tier = sites.memory(member)
+        return Candidate(
+            sites.site(member),
+            tier.capacity_bytes,
+            tier.free_bytes,
+            sites.evictable_bytes(tier),
+            lent_bytes=self.ledger.lent_bytes(member.node),
+            borrowed_bytes=self.ledger.borrowed_bytes(member.node),
+            load=sites.load(member),
+            draining=member.node in self.draining,
+            bytes_per_s=int(self.links.rate(asker, member.node)),
+            promised_bytes=promised_bytes,
         )
 
 
