@@ -153,6 +153,24 @@ MANAGER_METRICS: tuple[Spec, ...] = (
         ("cause",),
     ),
     Spec("kvfabric_manager_nodes_lost_total", "counter", "Nodes that fell silent."),
+    Spec("kvfabric_manager_loans", "gauge", "Loans by state, as creditors see them.", ("state",)),
+    Spec("kvfabric_manager_lent_bytes", "gauge", "Lent, as creditors say."),
+    Spec("kvfabric_manager_borrowed_bytes", "gauge", "Borrowed, as debtors say."),
+    Spec("kvfabric_manager_borrows_total", "counter", "Nodes that asked for creditors."),
+    Spec("kvfabric_manager_plans_total", "counter", "Loans that the planner ordered."),
+    Spec("kvfabric_manager_planned_bytes_total", "counter", "Bytes of these."),
+    Spec("kvfabric_manager_commands_total", "counter", "Commands posted for nodes."),
+    Spec(
+        "kvfabric_manager_commands_refused_total",
+        "counter",
+        "Commands whose node's queue was full.",
+    ),
+    Spec(
+        "kvfabric_manager_plan_seconds",
+        "histogram",
+        "Time to make a plan.",
+        buckets=(0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from kvfabric.manager.events import (
 )
 from kvfabric.manager.journal import JournalEvent
 from kvfabric.manager.lending import Lending
+from kvfabric.manager.nearness import best_first
 from kvfabric.manager.parts import Cluster, Part
 from kvfabric.manager.planning import Planning
 from kvfabric.manager.repaying import Repaying
@@ -147,9 +148,19 @@ class ManagerCore:
 
     # Questions
 
-    def locate(self, namespace: NamespaceId, keys: Sequence[Key], *, prefix: bool) -> Located:
-        """See Directory.locate."""
-        return self._directory.locate(namespace, keys, prefix=prefix)
+    def locate(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        *,
+        prefix: bool,
+        asker: NodeId | None = None,
+    ) -> Located:
+        """See Directory.locate. Replicas come nearest to `asker` first, then by tier and load."""
+        found = self._directory.locate(namespace, keys, prefix=prefix)
+        if all(len(place) == 1 for place in found.places):
+            return found
+        return Located(found.indices, best_first(self.cluster, asker, found.places))
 
     def members(self) -> list[Member]:
         """Every node, in the order of their names. Not to be changed by the caller."""

@@ -10,6 +10,8 @@ from kvfabric.directory import Inventory, Place
 from kvfabric.errors import Refused, Unsupported
 from kvfabric.loans import LoanState
 from kvfabric.manager.events import Answer, Delta, Explanation, Heartbeat, Register
+from kvfabric.manager.parts import Cluster
+from kvfabric.manager.planning import Planned
 from kvfabric.membership import Member, NodeState
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import DIGEST_BYTES, PROTOCOL_VERSION, Key, NamespaceId, NodeId, Tier
@@ -143,7 +145,7 @@ def answer(found: Answer, epoch: int) -> control_pb2.HeartbeatResponse:
     )
 
 
-def node_info(member: Member, now_s: float) -> control_pb2.NodeInfo:
+def node_info(member: Member, cluster: Cluster, now_s: float) -> control_pb2.NodeInfo:
     """One node as operators see it."""
     return control_pb2.NodeInfo(
         node=member.node,
@@ -153,6 +155,23 @@ def node_info(member: Member, now_s: float) -> control_pb2.NodeInfo:
         labels=member.labels,
         alive=member.state is not NodeState.LOST,
         silent_ms=max(0, int((now_s - member.heard_s) * 1000)),
+        draining=member.node in cluster.draining,
+        lent_bytes=cluster.ledger.lent_bytes(member.node),
+        borrowed_bytes=cluster.ledger.borrowed_bytes(member.node),
+    )
+
+
+def plan(found: Planned, now_s: float) -> control_pb2.Plan:
+    """One decision of the planner."""
+    decision = found.decision
+    return control_pb2.Plan(
+        age_ms=max(0, int((now_s - found.at_s) * 1000)),
+        debtor=decision.debtor,
+        creditor=decision.creditor,
+        sequence=decision.sequence,
+        size_bytes=decision.size_bytes,
+        gain=decision.gain,
+        why=decision.why,
     )
 
 

@@ -23,10 +23,12 @@ from kvfabric import logs
 from kvfabric.clock import Clock, SystemClock
 from kvfabric.errors import FabricError, Refused, Retry
 from kvfabric.manager import messages
-from kvfabric.manager.calls import Calls, translated
+from kvfabric.manager.calls import log, translated
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import Fenced, FencedStore, assert_newest, next_epoch, outrank
 from kvfabric.manager.events import Answer
+from kvfabric.manager.lending_calls import LendingCalls
+from kvfabric.manager.planning import PLAN_S
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.manager.token import peer_token
 from kvfabric.membership import NodeState
@@ -56,8 +58,6 @@ _OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
 )
 
-log = logs.logger(part="manager")
-
 
 @dataclass(slots=True)
 class _Stream:
@@ -68,7 +68,7 @@ class _Stream:
 
 # Further groups of calls stand here, before gRPC's own class, which answers UNIMPLEMENTED;
 # each is a class of `Calls` in a file of its own.
-class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
+class ControlService(LendingCalls, control_pb2_grpc.ControlServiceServicer):
     """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
 
     def __init__(
@@ -134,9 +134,10 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
         with translated(context):
             namespace = messages.namespace_id(request.namespace_id)
             keys = messages.keys(request.keys)
+            asker = messages.node_id(request.node) if request.node else None
             with self._lock:
                 begun_s = time.perf_counter()
-                found = self._core.locate(namespace, keys, prefix=request.prefix)
+                found = self._core.locate(namespace, keys, prefix=request.prefix, asker=asker)
                 self._locate_seconds.observe(time.perf_counter() - begun_s)
                 self._located.value += len(keys)
             return control_pb2.LocateResponse(
@@ -148,7 +149,10 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.ListNodesResponse:
         with translated(context), self._lock:
             now_s = self._clock.now()
-            nodes = [messages.node_info(member, now_s) for member in self._core.members()]
+            nodes = [
+                messages.node_info(member, self._core.cluster, now_s)
+                for member in self._core.members()
+            ]
         return control_pb2.ListNodesResponse(nodes=nodes, epoch=self._epoch)
 
     def Stats(  # noqa: N802
@@ -244,6 +248,7 @@ class ControlService(Calls, control_pb2_grpc.ControlServiceServicer):
             self._metrics.value("kvfabric_manager_nodes", state.value).value = count
         self._metrics.value("kvfabric_manager_keys").value = self._core.keys
         self._metrics.value("kvfabric_manager_replicas").value = self._core.replicas
+        self._set_lending_gauges()
 
 
 class ManagerServer:
@@ -345,6 +350,14 @@ class ManagerServer:
                 self._service.tick()
             except FabricError:
                 log.exception("tick failed")
+
+    def _plan(self) -> None:
+        # A thread of its own: a plan for a large cluster takes longer than ticks may wait.
+        while not self._stopping.wait(PLAN_S):
+            try:
+                self._service.plan()
+            except Exception:  # lending goes on without plans: nodes borrow when they have to
+                log.exception("plan failed")
 
 
 class _GarbageToHandlers(grpc.ServerInterceptor):
