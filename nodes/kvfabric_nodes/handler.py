@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kvfabric import checksums
 from kvfabric.clock import Clock
@@ -41,6 +41,7 @@ MIN_VERSION = 1
 DEFAULT_DEADLINE_S = 30.0
 MAX_NAMESPACES = 1024  # per session
 MAX_LAYERS = 4096  # per shard
+MAX_ENDED_SESSIONS = 1024  # per hello
 MAX_REASONS = 256  # per answer
 PLACE_BYTES = 48  # at most, of one key in an AcquireResponse without its checksums
 # Below this a commit's checksums cost less than handing them to another thread.
@@ -53,6 +54,18 @@ Locate = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[node_pb2.Matc
 
 Call = Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]
 """Session, request and response; a coroutine where the answer takes a while."""
+
+
+class GuestBook(Protocol):
+    """Who maps which segments, for the next start of this node. Sessions go by their tokens."""
+
+    def mapped(self, token: bytes, pid: int, segments: Sequence[int]) -> None:
+        """To be called before a process is given them; it is recorded when this returns."""
+
+    def unmapped(self, token: bytes, segments: Sequence[int]) -> None: ...
+    def ended(self, token: bytes) -> None: ...
+    def ended_before(self, tokens: Sequence[bytes]) -> None:
+        """Sessions of an earlier start of which nothing touches memory any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,7 @@ class Handler:
         self.clock = clock
         self.identity = identity
         self.locate = locate
+        self.guests: GuestBook | None = None
         self.metrics = metrics
         self.peer_token = b""  # what other nodes show; empty: nobody is one
         self._verifier = verifier
@@ -150,6 +164,8 @@ class Handler:
             )
             session.between_nodes = between_nodes
         self.core.open_namespaces(session, ids)
+        if self.guests is not None and request.ended_sessions:
+            self.guests.ended_before(request.ended_sessions[:MAX_ENDED_SESSIONS])
         response.version = min(PROTOCOL_VERSION, request.max_version)
         response.node = self.identity.node
         response.incarnation = self.metrics.incarnation

@@ -179,8 +179,10 @@ class CallConnection:
     def _on_map(self, name: str, request: Any, answer: wire_pb2.Frame) -> None:
         assert self.peer is not None
         core, arena = self.server.handler.core, self.server.handler.arena
-        session = self.peer.session
+        session, guests = self.peer.session, self.server.handler.guests
         if name == "unmap":
+            if guests is not None:
+                guests.unmapped(self.peer.token, request.segments)
             core.unmapped(session, request.segments)
             self.server.handler.renew_memory()
             answer.unmap_response.SetInParent()
@@ -202,6 +204,8 @@ class CallConnection:
         answer.map_response.size_bytes.extend([arena.segment_bytes] * len(request.segments))
         descriptors = [arena.descriptor(segment) for segment in request.segments]
         data = frames.pack(answer)
+        if guests is not None:
+            guests.mapped(self.peer.token, _credentials(self.sock)[0], request.segments)
         try:
             sent = socket.send_fds(self.sock, [data], descriptors)
         except BlockingIOError as error:
@@ -346,8 +350,7 @@ class WireServer:
         """Refuses unix clients of another user."""
         if sock.family != socket.AF_UNIX:
             return
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
+        _, uid, _ = _credentials(sock)
         if uid not in (0, os.getuid()):
             raise Denied(f"user {uid} may not use the node of user {os.getuid()}")
 
@@ -423,6 +426,8 @@ class WireServer:
                     with contextlib.suppress(OSError):
                         other.shutdown(socket.SHUT_RDWR)
         if not peer.connections:
+            if self.handler.guests is not None:
+                self.handler.guests.ended(peer.token)
             self.handler.close_session(peer.session)
 
     async def close(self) -> None:
@@ -468,6 +473,14 @@ def _put_error(answer: wire_pb2.Frame, error: Exception) -> None:
         error = Broken(f"the node failed: {error!r}; see its log")
     answer.ClearField("body")
     answer.error.CopyFrom(to_proto(error))
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of a unix socket."""
+    pid, uid, gid = _UCRED.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
+    return pid, uid, gid
 
 
 def _keep_alive(sock: socket.socket) -> None:
