@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from kvfabric import failpoints
 from kvfabric.checksums import checksums
 from kvfabric.keys import namespace_id
 from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
@@ -60,7 +61,10 @@ def bytes_of(key: Key, size_bytes: int) -> bytes:
 class Process:
     """A process that answers in lines of JSON on its stdout; its stderr goes to a file."""
 
-    def __init__(self, command: Sequence[str], log: Path, *, files: int = 0) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, *, files: int = 0, failpoint: str = ""
+    ) -> None:
+        """`files`: its limit of open ones. `failpoint`: where it falls, see kvfabric.failpoints."""
         self.log = log
         self.killed = False
         shell = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
@@ -71,6 +75,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=err,
                 bufsize=0,
+                env={**os.environ, failpoints.ENVIRONMENT: failpoint},
             )
 
     @property
@@ -215,11 +220,14 @@ class Wire:
 class NodeProcess(Process):
     """`python -m kvfabric_nodes`."""
 
-    def __init__(self, name: str, folder: Path, *options: str, files: int = 0) -> None:
+    def __init__(
+        self, name: str, folder: Path, *options: str, files: int = 0, failpoint: str = ""
+    ) -> None:
         self.name = name
         self.folder = folder
         command = ["-m", "kvfabric_nodes", "--node", name, "--runtime-dir", str(folder)]
-        super().__init__([*command, *options], folder / f"{name}.log", files=files)
+        log = folder / f"{name}.log"
+        super().__init__([*command, *options], log, files=files, failpoint=failpoint)
         self.line: dict[str, Any] = {}
         self.guests = 0  # sessions over gRPC: these end by silence alone...
         self.settles = True  # ... and with them what they hold
@@ -282,10 +290,10 @@ class NodeProcess(Process):
 class ManagerProcess(Process):
     """`python -m kvfabric.manager`, on a store that outlives it."""
 
-    def __init__(self, folder: Path, listen: str, *options: str) -> None:
+    def __init__(self, folder: Path, listen: str, *options: str, failpoint: str = "") -> None:
         store = f"sqlite:{folder / 'manager.db'}"
         command = ["-m", "kvfabric.manager", "--listen", listen, "--store", store, *options]
-        super().__init__(command, folder / "manager.log")
+        super().__init__(command, folder / "manager.log", failpoint=failpoint)
         self.address: str = self.read(START_TIMEOUT_S)["manager"]
 
 
@@ -314,9 +322,9 @@ def start_node(folder: Path, processes: list[Process]) -> Iterator[Starter]:
     """Starts nodes, by default of 8 MiB in segments of 512 KiB; checks them at the end."""
     nodes: list[NodeProcess] = []
 
-    def start(name: str = "n0", *options: str, files: int = 0) -> NodeProcess:
+    def start(name: str = "n0", *options: str, files: int = 0, failpoint: str = "") -> NodeProcess:
         defaults = () if "--memory" in options else ("--memory", "8MiB")
-        node = NodeProcess(name, folder, *options, *defaults, files=files)
+        node = NodeProcess(name, folder, *options, *defaults, files=files, failpoint=failpoint)
         processes.append(node)
         nodes.append(node)
         return node.serve()
