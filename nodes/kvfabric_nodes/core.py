@@ -113,7 +113,7 @@ class NodeCore:
         """Every namespace that a session of this tenant has opened."""
         return frozenset(space for space, owner in self._tenants.items() if owner == tenant)
 
-    def close_session(self, session: Session, now_s: float = 0.0) -> None:
+    def close_session(self, session: Session, now_s: float) -> None:
         """Takes back all it held. To be called once nobody touches its extents any more."""
         for told in self.on_closed:
             told(session, now_s)

@@ -8,12 +8,15 @@ No memory is shared here, so nothing of a session outlives it.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
+from google.protobuf import message_factory
+from google.protobuf.message import Message
 
 from kvfabric.errors import (
     Conflict,
@@ -58,12 +61,16 @@ class _Guest:
         self.calls = 0  # under way: such a session does not end
 
 
-class NodeService(node_pb2_grpc.NodeServiceServicer):
+class NodeService:
     """See the module. Runs on the core's loop."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self._guests: dict[str, _Guest] = {}
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        # Most of its methods are made from the protocol, which no type checker sees.
+        node_pb2_grpc.add_NodeServiceServicer_to_server(cast(Any, self), server)
 
     async def _call(self, name: str, request: Any, response: T, context: Any) -> T:
         guest = await self._guest(context)
@@ -187,71 +194,6 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         handler.metrics.written["grpc"].add(filling.filled_bytes, elapsed_s)
         yield _verdicts([settled.get(i, grant) for i, grant in enumerate(grants)], last=True)
 
-    async def Match(  # noqa: N802
-        self, request: node_pb2.MatchRequest, context: Any
-    ) -> node_pb2.MatchResponse:
-        return await self._call("match", request, node_pb2.MatchResponse(), context)
-
-    async def Reserve(  # noqa: N802
-        self, request: node_pb2.ReserveRequest, context: Any
-    ) -> node_pb2.ReserveResponse:
-        return await self._call("reserve", request, node_pb2.ReserveResponse(), context)
-
-    async def Commit(  # noqa: N802
-        self, request: node_pb2.CommitRequest, context: Any
-    ) -> node_pb2.CommitResponse:
-        return await self._call("commit", request, node_pb2.CommitResponse(), context)
-
-    async def Abort(  # noqa: N802
-        self, request: node_pb2.AbortRequest, context: Any
-    ) -> node_pb2.AbortResponse:
-        return await self._call("abort", request, node_pb2.AbortResponse(), context)
-
-    async def Acquire(  # noqa: N802
-        self, request: node_pb2.AcquireRequest, context: Any
-    ) -> node_pb2.AcquireResponse:
-        return await self._call("acquire", request, node_pb2.AcquireResponse(), context)
-
-    async def Renew(  # noqa: N802
-        self, request: node_pb2.RenewRequest, context: Any
-    ) -> node_pb2.RenewResponse:
-        return await self._call("renew", request, node_pb2.RenewResponse(), context)
-
-    async def Release(  # noqa: N802
-        self, request: node_pb2.ReleaseRequest, context: Any
-    ) -> node_pb2.ReleaseResponse:
-        return await self._call("release", request, node_pb2.ReleaseResponse(), context)
-
-    async def Pin(  # noqa: N802
-        self, request: node_pb2.PinRequest, context: Any
-    ) -> node_pb2.PinResponse:
-        return await self._call("pin", request, node_pb2.PinResponse(), context)
-
-    async def Unpin(  # noqa: N802
-        self, request: node_pb2.UnpinRequest, context: Any
-    ) -> node_pb2.UnpinResponse:
-        return await self._call("unpin", request, node_pb2.UnpinResponse(), context)
-
-    async def Verify(  # noqa: N802
-        self, request: node_pb2.VerifyRequest, context: Any
-    ) -> node_pb2.VerifyResponse:
-        return await self._call("verify", request, node_pb2.VerifyResponse(), context)
-
-    async def Purge(  # noqa: N802
-        self, request: node_pb2.PurgeRequest, context: Any
-    ) -> node_pb2.PurgeResponse:
-        return await self._call("purge", request, node_pb2.PurgeResponse(), context)
-
-    async def Stats(  # noqa: N802
-        self, request: node_pb2.StatsRequest, context: Any
-    ) -> node_pb2.StatsResponse:
-        return await self._call("stats", request, node_pb2.StatsResponse(), context)
-
-    async def Explain(  # noqa: N802
-        self, request: node_pb2.ExplainRequest, context: Any
-    ) -> node_pb2.ExplainResponse:
-        return await self._call("explain", request, node_pb2.ExplainResponse(), context)
-
     async def _guest(self, context: Any) -> _Guest:
         guest = self._guests.get(_session_name(context))
         if guest is None:
@@ -272,6 +214,28 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
                 if not guest.calls and guest.seen_s < silent_since_s:
                     del self._guests[name]
                     self._handler.close_session(guest.session)
+
+
+def _served(name: str, answer: type[Message]) -> Any:
+    """NodeService's method for one call of the handler."""
+
+    async def serve(self: NodeService, request: Any, context: Any) -> Any:
+        return await self._call(name, request, answer(), context)
+
+    return serve
+
+
+def _add_calls() -> None:
+    """All calls of one request and one answer, but for Hello, are the handler's."""
+    for method in node_pb2.DESCRIPTOR.services_by_name["NodeService"].methods:
+        streams = method.client_streaming or method.server_streaming
+        if not streams and method.name != "Hello":
+            name = re.sub("(?<!^)(?=[A-Z])", "_", method.name).lower()
+            answer = message_factory.GetMessageClass(method.output_type)
+            setattr(NodeService, method.name, _served(name, answer))
+
+
+_add_calls()
 
 
 async def _receive(

@@ -43,6 +43,7 @@ MAX_NAMESPACES = 1024  # per session
 MAX_LAYERS = 4096  # per shard
 MAX_ENDED_SESSIONS = 1024  # per hello
 MAX_REASONS = 256  # per answer
+PUT_ROOM_S = 1.0  # how long a put waits for room that is sought on other nodes
 PLACE_BYTES = 48  # at most, of one key in an AcquireResponse without its checksums
 # Below this a commit's checksums cost less than handing them to another thread.
 INLINE_VERIFY_BYTES = 256 << 10
@@ -51,6 +52,10 @@ FEATURES = frozenset({"shm", "bulk", "unchecked"})
 
 Locate = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[node_pb2.MatchResponse.Run]]]
 """Asks the manager where the first of these keys lie, up to the first that no node holds."""
+
+MakeRoom = Callable[[str, int, int, float], Awaitable[bool]]
+"""Seeks room for a tenant's blocks on other nodes, where all that is here is needed: tenant, size
+of a block, how many, and for how many seconds. True: room came free, so reserve again."""
 
 Call = Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]
 """Session, request and response; a coroutine where the answer takes a while."""
@@ -96,6 +101,7 @@ class Handler:
         self.identity = identity
         self.locate = locate
         self.guests: GuestBook | None = None
+        self.make_room: MakeRoom | None = None
         self.metrics = metrics
         self.peer_token = b""  # what other nodes show; empty: nobody is one
         self._verifier = verifier
@@ -205,8 +211,44 @@ class Handler:
         session: Session,
         request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
         response: node_pb2.ReserveResponse,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None] | None:
         reservation, grants = self.reserve_extents(session, request)
+        full = [i for i, grant in enumerate(grants) if grant.status is Status.RETRY]
+        borrows = full and self.core.shards.any_claims and not self.core.draining
+        if borrows and self.make_room is not None:
+            return self._reserve_later(
+                self.make_room, session, request, reservation, full, response
+            )
+        self._answer_reserve(request, reservation, grants, response)
+        return None
+
+    async def _reserve_later(
+        self,
+        make_room: MakeRoom,
+        session: Session,
+        request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+        reservation: Reservation | None,
+        full: list[int],
+        response: node_pb2.ReserveResponse,
+    ) -> None:
+        """What open sequences need is lent out to make room, where other nodes have some."""
+        if reservation is not None:
+            self.core.abort(reservation)  # nobody knows of it yet
+        sizes = list(request.size_bytes)
+        size_bytes = max(sizes[i] for i in full) if len(sizes) > 1 else sizes[0]
+        await make_room(session.tenant, size_bytes, len(full), PUT_ROOM_S)
+        if session.id not in self.core.sessions:
+            raise Refused("the session ended while room was sought")
+        reservation, grants = self.reserve_extents(session, request)
+        self._answer_reserve(request, reservation, grants, response)
+
+    def _answer_reserve(
+        self,
+        request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+        reservation: Reservation | None,
+        grants: list[Grant],
+        response: node_pb2.ReserveResponse,
+    ) -> None:
         response.reservation = reservation.id if reservation else 0
         response.deadline_ms = int(self.core.bounded(seconds(request.deadline_ms)) * 1000)
         response.statuses.extend([grant.status for grant in grants])
@@ -348,7 +390,7 @@ class Handler:
                 grants[fill.index] = self.core.reject(reservation, fill.index, reason, now_s)
                 continue
             grant = self.core.seal(reservation, fill.index, fill.expected, now_s)
-            if grant.status is not Status.OK:
+            if grant.status is Status.REFUSED:
                 self.metrics.refusals["deadline"] += 1
             grants[fill.index] = grant
         return grants
@@ -367,7 +409,7 @@ class Handler:
 
     def close_session(self, session: Session) -> None:
         """Takes back all it held, once nobody touches it any more."""
-        self.core.close_session(session)
+        self.core.close_session(session, self.clock.now())
         self.renew_memory()
 
     def renew_memory(self) -> None:

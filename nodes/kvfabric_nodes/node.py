@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -24,12 +24,14 @@ import uvloop
 from kvfabric.clock import Clock, SystemClock
 from kvfabric.errors import FabricError, Refused, Retry
 from kvfabric.metrics import MetricsServer
-from kvfabric.rpc.v1 import control_pb2, node_pb2_grpc, types_pb2
+from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.extents import Extents
+from kvfabric_nodes.group_calls import GroupCalls
+from kvfabric_nodes.groups import Groups
 from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
 from kvfabric_nodes.handler import Handler, Identity
 from kvfabric_nodes.heartbeat import Heartbeat
@@ -37,8 +39,12 @@ from kvfabric_nodes.metrics import NodeMetrics
 from kvfabric_nodes.peers import Peers
 from kvfabric_nodes.puller import Puller
 from kvfabric_nodes.pulls import PullLimits
+from kvfabric_nodes.sequence_calls import SequenceCalls
+from kvfabric_nodes.sequences import Sequences
 from kvfabric_nodes.server import WireServer
 from kvfabric_nodes.settings import NodeSettings
+from kvfabric_nodes.states import States
+from kvfabric_nodes.steps import Steps
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +106,9 @@ class Node:
 
         async def check() -> None:
             core.check()
+            self.sequences.check()
+            self.groups.check()
+            self.states.check()
 
         asyncio.run_coroutine_threadsafe(check(), self._loop).result(STOP_TIMEOUT_S)
 
@@ -131,6 +140,7 @@ class Node:
             verifier = stack.enter_context(ThreadPoolExecutor(1, "kvfabric-verify"))
             identity = Identity(settings.node, settings.token.encode(), settings.manager)
             handler = Handler(core, arena, self._clock, identity, verifier, metrics)
+            self._offer_sequences(core, handler, verifier)
             stack.push_async_callback(self._end_tasks)
             self._open_metrics(metrics, stack)
             await self._open_grpc(handler, stack)
@@ -148,6 +158,16 @@ class Node:
             log.info("node_serves", node=settings.node, **_addresses(self.endpoints))
             self._started.set_result(None)
             await self._stopping.wait()
+
+    def _offer_sequences(self, core: NodeCore, handler: Handler, verifier: Executor) -> None:
+        # Numbered from the incarnation on: nobody takes another's for the one of an earlier start.
+        self.sequences = Sequences(core, first_id=self.incarnation)
+        self.groups = Groups(core, first_id=self.incarnation)
+        self.states = States(core, first_version=self.incarnation)
+        self.steps = Steps()
+        self.sequence_calls = SequenceCalls(handler, self.sequences, verifier)
+        self.group_calls = GroupCalls(handler, self.groups, self.states, self.steps)
+        handler.offer({**self.sequence_calls.calls(), **self.group_calls.calls()})
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         assert self._loop is not None
@@ -176,6 +196,9 @@ class Node:
         while True:
             now_s = self._clock.now()
             core.tick(now_s)
+            self.sequences.tick(now_s)
+            self.groups.tick(now_s)
+            self.states.tick(now_s)
             if now_s - refreshed_s >= REFRESH_S:
                 metrics.refresh()
                 peers.sweep()
@@ -199,7 +222,7 @@ class Node:
             ]
         )
         service = NodeService(handler)
-        node_pb2_grpc.add_NodeServiceServicer_to_server(service, server)
+        service.add_to(server)
         host, _, _ = self.settings.grpc.rpartition(":")
         try:
             port = server.add_insecure_port(self.settings.grpc)

@@ -137,6 +137,10 @@ class Shards:
         """How many need this key."""
         return self._claims.get((namespace, key), 0)
 
+    @property
+    def any_claims(self) -> bool:
+        return bool(self._claims)
+
     def claimed(self, shard: Shard) -> bool:
         return (shard.namespace, shard.key) in self._claims
 

@@ -323,7 +323,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(session=consumes(sessions))
     def close_session(self, session: Session) -> None:
-        self.core.close_session(session)
+        self.core.close_session(session, self.now_s)
         for held in list(self.twin.leases):
             if held.session is session:
                 self._forget(held)

@@ -174,7 +174,7 @@ def test_a_tenant_that_left_its_shards_behind_makes_room_for_another(
     core: Any, desk: Desk, other: Desk, keys: Keys
 ) -> None:
     desk.put(keys(*range(16)))
-    core.close_session(desk.session)
+    core.close_session(desk.session, desk.now_s)
     assert other.put(keys(1)) == [Status.OK]
 
 

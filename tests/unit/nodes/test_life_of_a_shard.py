@@ -107,7 +107,7 @@ def test_a_quarantine_ends_when_the_client_lets_go(desk: Desk, keys: Keys, endin
     if ending == "abort":
         desk.core.abort(reservation)
     else:
-        desk.core.close_session(desk.session)
+        desk.core.close_session(desk.session, desk.now_s)
     books = desk.core.books()
     assert (books.quarantined_bytes, books.free_bytes) == (0, books.capacity_bytes)
 
@@ -230,7 +230,7 @@ def test_what_the_node_streams_is_its_own_to_give_back(core: Any, desk: Desk, ke
 def test_leases_of_a_session_that_ends_end_with_it(core: Any, desk: Desk, keys: Keys) -> None:
     desk.put(keys(0))
     desk.lease(keys(0))
-    core.close_session(desk.session)
+    core.close_session(desk.session, desk.now_s)
     assert all(shard.extent.holders == 0 for shard in core.shards)
 
 
@@ -359,7 +359,7 @@ def test_the_end_of_the_mapping_session_frees_its_retired_segments(
     desk.session.mapped.update(core.extents.segments)
     core.purge(desk.session, desk.namespace, [], "", 0.0)
     other.reserve(keys(1))
-    core.close_session(desk.session)
+    core.close_session(desk.session, desk.now_s)
     assert core.recycled
     assert core.books().quarantined_bytes == 0
 

@@ -1,0 +1,145 @@
+"""The calls on groups, states and steps: checks what the messages say, and asks their cores."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from kvfabric.errors import Refused
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import Key, NamespaceId, Status
+from kvfabric_nodes import groups
+from kvfabric_nodes.groups import Group, Groups
+from kvfabric_nodes.handler import Call, Handler, checked_keys
+from kvfabric_nodes.promises import Session
+from kvfabric_nodes.states import Head, States
+from kvfabric_nodes.steps import Steps
+
+DEFAULT_LIFE_S = 600.0  # of a group
+
+Find = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[str]]]
+"""A node that has each of these keys; empty: none, as far as the manager knows."""
+
+
+class GroupCalls:
+    """See the module. `find` asks the manager; None: there is none to ask."""
+
+    def __init__(self, handler: Handler, groups: Groups, states: States, steps: Steps) -> None:
+        self.groups = groups
+        self.states = states
+        self.steps = steps
+        self.find: Find | None = None
+        self._handler = handler
+        self._core = handler.core
+
+    def calls(self) -> Mapping[str, Call]:
+        """All of them, by their names in lower case."""
+        return {
+            "open_group": self.open_group,
+            "close_group": self.close_group,
+            "swap_state": self.swap_state,
+            "read_state": self.read_state,
+            "report_steps": self.report_steps,
+        }
+
+    def open_group(
+        self,
+        session: Session,
+        request: node_pb2.OpenGroupRequest,
+        response: node_pb2.OpenGroupResponse,
+    ) -> Coroutine[Any, Any, None] | None:
+        keys = checked_keys(request.keys)
+        life_s = self.groups.bounded(request.life_ms / 1000 or DEFAULT_LIFE_S)
+        indices = groups.shared(keys, request.lengths)
+        namespace = NamespaceId(request.namespace_id)
+        self._core.admit(session, namespace, len(keys))
+        common = [keys[index] for index in indices]
+        group = self.groups.open(session, namespace, common, life_s, self._now())
+        response.group = group.id
+        response.shared.extend(indices)
+        response.life_ms = int(life_s * 1000)
+        absent = [key for key in common if key not in group.found]
+        if absent and self.find is not None:
+            return self._find_elsewhere(self.find, group, absent, response)
+        self._put_places(group, {}, response)
+        return None
+
+    async def _find_elsewhere(
+        self, find: Find, group: Group, absent: list[Key], response: node_pb2.OpenGroupResponse
+    ) -> None:
+        names = await find(group.namespace, absent)
+        self._put_places(group, dict(zip(absent, names, strict=False)), response)
+
+    def _put_places(
+        self, group: Group, elsewhere: Mapping[Key, str], response: node_pb2.OpenGroupResponse
+    ) -> None:
+        room, own = self._core.shards.room(group.namespace), self._handler.identity.node
+        for key in group.keys:
+            node = own if key in room else elsewhere.get(key, "")
+            here = key in room
+            miss = node in ("", own) and not here  # the manager's word may be a little old
+            status = Status.OK if here else Status.MISS if miss else Status.EXISTS
+            response.statuses.append(status)
+            response.nodes.append("" if miss else node)
+
+    def close_group(
+        self,
+        session: Session,
+        request: node_pb2.CloseGroupRequest,
+        response: node_pb2.CloseGroupResponse,
+    ) -> None:
+        shards, size_bytes = self.groups.close(session, request.group, self._now())
+        response.shards = shards
+        response.size_bytes = size_bytes
+
+    def swap_state(
+        self,
+        session: Session,
+        request: node_pb2.SwapStateRequest,
+        response: node_pb2.SwapStateResponse,
+    ) -> None:
+        if request.key:
+            checked_keys([request.key])
+        swapped, head = self.states.swap(
+            session,
+            NamespaceId(request.namespace_id),
+            _checked_name(request.name),
+            request.expected_version,
+            Key(request.key),
+            self._now(),
+        )
+        response.swapped = swapped
+        _put_head(response, head)
+
+    def read_state(
+        self,
+        session: Session,
+        request: node_pb2.ReadStateRequest,
+        response: node_pb2.ReadStateResponse,
+    ) -> None:
+        namespace = NamespaceId(request.namespace_id)
+        _put_head(response, self.states.read(session, namespace, _checked_name(request.name)))
+
+    def report_steps(
+        self,
+        session: Session,
+        request: node_pb2.ReportStepsRequest,
+        response: node_pb2.ReportStepsResponse,
+    ) -> None:
+        self.steps.add(request)
+
+    def _now(self) -> float:
+        return self._handler.clock.now()
+
+
+def _checked_name(name: bytes) -> bytes:
+    if len(name) != 32:
+        raise Refused(f"a state's name of {len(name)} bytes; it has 32: hash what it is called")
+    return name
+
+
+def _put_head(
+    response: node_pb2.SwapStateResponse | node_pb2.ReadStateResponse, head: Head
+) -> None:
+    response.version = head.version
+    response.key = head.key

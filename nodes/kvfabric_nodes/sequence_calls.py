@@ -1,0 +1,574 @@
+"""The calls on sequences: checks what the messages say, asks the core, moves the bytes.
+
+It runs on the core's thread. A call that has to wait (for room on other nodes, for a block
+to come home, for checksums) looks at everything anew afterwards: meanwhile its sequence may
+have ended or found another writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from kvfabric import checksums
+from kvfabric.errors import Conflict, Denied, Refused, Retry
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import Key, NamespaceId, Status
+from kvfabric_nodes.extents import Extent
+from kvfabric_nodes.filling import Fill
+from kvfabric_nodes.handler import (
+    INLINE_VERIFY_BYTES,
+    MAX_LAYERS,
+    Call,
+    Handler,
+    MakeRoom,
+    checked_keys,
+    seconds,
+)
+from kvfabric_nodes.promises import Session
+from kvfabric_nodes.sequence import Block, Cut, OpenSequence, Shape
+from kvfabric_nodes.sequences import Sequences
+
+MAX_APPEND_BYTES = 512 << 10  # of an append's payload
+MAX_APPEND_PIECES = 8192
+DESCRIBED_BLOCKS = 8192  # in one answer
+CUT_WAIT_S = 5.0  # how long a fork or a truncation may look for room, or for the block it cuts
+ATTEMPTS = 64  # of one call, each after it was told that there is room now
+
+FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
+"""Brings shards from other nodes here, as far as it can; answers when it is done."""
+
+Whereabouts = Callable[[NamespaceId, Key], str | None]
+"""The node that a key was lent to; None: it is not on loan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """What a call would need first: room for a block, or a block that lies elsewhere."""
+
+    reason: str
+    session: Session
+    sequence: OpenSequence
+    key: Key | None = None
+
+
+class SequenceCalls:
+    """See the module. `make_room`, `fetch_home` and `whereabouts` are lending's, where it is on."""
+
+    def __init__(self, handler: Handler, sequences: Sequences, verifier: Executor) -> None:
+        self.sequences = sequences
+        self.make_room: MakeRoom | None = None
+        self.fetch_home: FetchHome | None = None
+        self.whereabouts: Whereabouts = lambda namespace, key: None
+        self._handler = handler
+        self._core = handler.core
+        self._verifier = verifier
+
+    def calls(self) -> Mapping[str, Call]:
+        """All of them, by their names in lower case."""
+        return {
+            "open_sequence": self.open_sequence,
+            "extend": self.extend,
+            "append": self.append,
+            "seal": self.seal,
+            "fork": self.fork,
+            "accept": self.accept,
+            "truncate": self.truncate,
+            "close_sequence": self.close_sequence,
+            "describe": self.describe,
+        }
+
+    # Begin and end ------------------------------------------------------------------
+
+    def open_sequence(
+        self,
+        session: Session,
+        request: node_pb2.OpenSequenceRequest,
+        response: node_pb2.OpenSequenceResponse,
+    ) -> Coroutine[Any, Any, None] | None:
+        if session.between_nodes:
+            raise Denied("sequences are for clients; this session is another node's")
+        if request.resume:
+            if request.keys:
+                raise Refused("a sequence that is resumed has its blocks; give no keys")
+            idle_s = request.idle_ms / 1000
+            found = self.sequences.resume(session, request.resume, idle_s, self._now())
+            self._put_opened(found, response)
+            return None
+        namespace, keys = NamespaceId(request.namespace_id), checked_keys(request.keys)
+        self._core.admit(session, namespace, len(keys))
+        room = self._core.shards.room(namespace)
+        absent = [key for key in keys if key not in room]
+        if absent and self._handler.locate is not None:
+            return self._open_later(session, request, response, namespace, keys, absent)
+        self._open(session, request, response, namespace, keys, {})
+        return None
+
+    async def _open_later(
+        self,
+        session: Session,
+        request: node_pb2.OpenSequenceRequest,
+        response: node_pb2.OpenSequenceResponse,
+        namespace: NamespaceId,
+        keys: list[Key],
+        absent: list[Key],
+    ) -> None:
+        """Asks in one batch where the others lie; what is here stays meanwhile."""
+        assert self._handler.locate is not None
+        for key in keys:
+            self._core.shards.claim(namespace, key)
+        try:
+            runs = await self._handler.locate(namespace, absent)
+            names = [run.node for run in runs for _ in range(run.count)]
+            own = self._handler.identity.node
+            elsewhere = {key: node for key, node in zip(absent, names, strict=False) if node != own}
+            if session.id not in self._core.sessions:
+                raise Refused("the session ended while its sequence was being opened")
+            self._open(session, request, response, namespace, keys, elsewhere)
+        finally:
+            for key in keys:
+                self._core.end_of_claim(namespace, key, self._now())
+
+    def _open(
+        self,
+        session: Session,
+        request: node_pb2.OpenSequenceRequest,
+        response: node_pb2.OpenSequenceResponse,
+        namespace: NamespaceId,
+        keys: list[Key],
+        elsewhere: Mapping[Key, str],
+    ) -> None:
+        shape = _shape(request, self._core.extents.segment_bytes)
+        counts = list(request.tokens) or [shape.block_tokens] * len(keys)
+        if len(counts) != len(keys):
+            raise Refused(f"{len(counts)} token counts for {len(keys)} keys; give none or one each")
+        room = self._core.shards.room(namespace)
+        held = [key in room or key in elsewhere for key in keys]
+        first_miss = held.index(False) if False in held else len(keys)
+        blocks = [
+            Block(key, tokens, "" if key in room else elsewhere[key])
+            for key, tokens in zip(keys[:first_miss], counts, strict=False)
+        ]
+        idle_s = seconds(request.idle_ms)
+        sequence = self.sequences.open(session, namespace, shape, blocks, idle_s, self._now())
+        response.statuses.extend([Status.OK if is_held else Status.MISS for is_held in held])
+        self._put_opened(sequence, response)
+
+    def _put_opened(self, sequence: OpenSequence, response: node_pb2.OpenSequenceResponse) -> None:
+        response.sequence = sequence.id
+        response.epoch = sequence.epoch
+        response.length = sequence.length
+        response.idle_ms = int(sequence.idle_s * 1000)
+
+    def close_sequence(
+        self,
+        session: Session,
+        request: node_pb2.CloseSequenceRequest,
+        response: node_pb2.CloseSequenceResponse,
+    ) -> None:
+        """Safe to repeat. One that lost the sequence lets go of what it had open."""
+        self.sequences.let_go(session, request.sequence)
+        sequence = self.sequences.all.get(request.sequence)
+        if sequence is None or request.epoch < sequence.epoch:
+            return
+        self._writer(session, request)
+        self.sequences.end(sequence, self._now(), let_go=True, drop=request.drop)
+
+    # Writing ------------------------------------------------------------------------
+
+    def extend(
+        self,
+        session: Session,
+        request: node_pb2.ExtendRequest,
+        response: node_pb2.ExtendResponse,
+    ) -> Coroutine[Any, Any, None] | None:
+        sequence = self._writer(session, request)
+        lacking, reason = self._open_blocks(sequence, request.blocks)
+        if lacking and self.make_room is not None:
+            return self._extend_later(session, request, response)
+        response.reason = reason
+        put_tails(response.tails, sequence)
+        return None
+
+    async def _extend_later(
+        self,
+        session: Session,
+        request: node_pb2.ExtendRequest,
+        response: node_pb2.ExtendResponse,
+    ) -> None:
+        """Seeks room until the deadline; answers what there is then."""
+        deadline_s = self._now() + self._core.bounded(seconds(request.deadline_ms))
+        seeking = True
+        for _ in range(ATTEMPTS):
+            sequence = self._writer(session, request)
+            lacking, reason = self._open_blocks(sequence, request.blocks)
+            left_s = deadline_s - self._now()
+            if not (seeking and lacking and left_s > 0):
+                break
+            seeking = await self._seek_room(sequence, session, lacking, left_s)
+        response.reason = reason
+        put_tails(response.tails, sequence)
+
+    def _open_blocks(self, sequence: OpenSequence, blocks: int) -> tuple[int, str]:
+        """Opens blocks as `Sequences.extend`; whoever cannot see them must know what is in them."""
+        before = len(sequence.tails)
+        answer = self.sequences.extend(sequence, blocks, self._now())
+        self._handler.renew_memory()
+        if sequence.session is not None and not sequence.session.shares_memory:
+            for tail in sequence.tails[before:]:
+                self._view(tail.extent, sequence.shape)[:] = bytes(sequence.shape.size_bytes)
+        return answer
+
+    async def _seek_room(
+        self, sequence: OpenSequence, session: Session, blocks: int, within_s: float
+    ) -> bool:
+        """Whether room came free; the sequence does not end for idleness meanwhile."""
+        if self.make_room is None:
+            return False
+        sequence.calls += 1
+        try:
+            return await self.make_room(session.tenant, sequence.shape.size_bytes, blocks, within_s)
+        finally:
+            sequence.calls -= 1
+
+    def append(
+        self,
+        session: Session,
+        request: node_pb2.AppendRequest,
+        response: node_pb2.AppendResponse,
+    ) -> None:
+        sequence = self._writer(session, request)
+        layers = request.layers or sequence.shape.layers
+        told = (request.start, request.tokens, request.first_layer, layers)
+        pieces = self._pieces(sequence, request)
+        late = sequence.repeats(*told)
+        sequence.append(*told)
+        if not late:
+            data = memoryview(request.payload)
+            for view in pieces:
+                view[:], data = data[: len(view)], data[len(view) :]
+        response.length = sequence.length
+
+    def _pieces(self, sequence: OpenSequence, request: node_pb2.AppendRequest) -> list[memoryview]:
+        """Where the payload goes. Refused where it does not fit into the open blocks."""
+        count, size_bytes = len(request.blocks), sequence.shape.size_bytes
+        if not count == len(request.offsets) == len(request.size_bytes):
+            raise Refused(
+                f"{count} blocks, {len(request.offsets)} offsets and {len(request.size_bytes)} "
+                "sizes; give one of each per piece"
+            )
+        if count > MAX_APPEND_PIECES or len(request.payload) > MAX_APPEND_BYTES:
+            raise Refused(
+                f"{count} pieces of {len(request.payload)} bytes; an append has at most "
+                f"{MAX_APPEND_PIECES} of {MAX_APPEND_BYTES} in all"
+            )
+        if sum(request.size_bytes) != len(request.payload):
+            raise Refused(
+                f"pieces of {sum(request.size_bytes)} bytes, but {len(request.payload)} of payload"
+            )
+        views: list[memoryview] = []
+        for block, start, length in zip(
+            request.blocks, request.offsets, request.size_bytes, strict=True
+        ):
+            if block >= len(sequence.tails) or start + length > size_bytes:
+                raise Refused(
+                    f"bytes {start} to {start + length} of open block {block}: there are "
+                    f"{len(sequence.tails)}, of {size_bytes} bytes; extend first"
+                )
+            tail = sequence.tails[block]
+            views.append(self._view(tail.extent, sequence.shape)[start : start + length])
+        return views
+
+    def seal(
+        self, session: Session, request: node_pb2.SealRequest, response: node_pb2.SealResponse
+    ) -> Coroutine[Any, Any, None] | None:
+        sequence = self._writer(session, request)
+        fills = self._fills(session, sequence, request)
+        if not session.checked or sum(len(f.view) for f in fills) <= INLINE_VERIFY_BYTES:
+            wrong = {} if not session.checked else {f.index: f.wrong() for f in fills}
+            self._seal(sequence, request, fills, wrong, response)
+            return None
+        return self._verify_and_seal(session, sequence, request, fills, response)
+
+    async def _verify_and_seal(
+        self,
+        session: Session,
+        sequence: OpenSequence,
+        request: node_pb2.SealRequest,
+        fills: list[Fill],
+        response: node_pb2.SealResponse,
+    ) -> None:
+        tails = sequence.tails[: len(fills)]
+        sequence.calls += 1
+        try:
+            wrong = await asyncio.get_running_loop().run_in_executor(
+                self._verifier, lambda: {fill.index: fill.wrong() for fill in fills}
+            )
+        finally:
+            sequence.calls -= 1
+        self._writer(session, request)
+        if sequence.tails[: len(fills)] != tails:
+            raise Conflict(
+                f"sequence {sequence.id} was changed by another call while its blocks were "
+                "verified; look again"
+            )
+        self._seal(sequence, request, fills, wrong, response)
+
+    def _fills(
+        self, session: Session, sequence: OpenSequence, request: node_pb2.SealRequest
+    ) -> list[Fill]:
+        """What the writer says of the first open blocks."""
+        keys, shape = checked_keys(request.keys), sequence.shape
+        self._core.admit(session, sequence.namespace, len(keys))
+        self.sequences.sealable(sequence, keys, request.tokens)
+        parts = len(checksums.parts(shape.size_bytes, shape.layers)) if session.checked else 0
+        if session.checked and len(request.checksums) != parts * len(keys):
+            self._handler.metrics.refusals["length"] += 1
+            raise Refused(
+                f"{len(request.checksums)} checksums for {len(keys)} blocks of {parts} layer "
+                "parts each"
+            )
+        sums = list(request.checksums)
+        return [
+            Fill(
+                index,
+                self._view(tail.extent, shape),
+                shape.layers,
+                sums[index * parts : (index + 1) * parts],
+            )
+            for index, tail in enumerate(sequence.tails[: len(keys)])
+        ]
+
+    def _seal(
+        self,
+        sequence: OpenSequence,
+        request: node_pb2.SealRequest,
+        fills: list[Fill],
+        wrong: Mapping[int, str],
+        response: node_pb2.SealResponse,
+    ) -> None:
+        """Block by block, up to the first that is wrong: that one and the others stay open."""
+        keys = checked_keys(request.keys)
+        counts = self.sequences.sealable(sequence, keys, request.tokens)
+        for fill, key, tokens in zip(fills, keys, counts, strict=True):
+            reason = wrong.get(fill.index, "")
+            if reason:
+                self._handler.metrics.mismatches["commit"] += 1
+                self._handler.metrics.refusals["checksum"] += 1
+                response.reasons[fill.index] = reason
+                break
+            grant = self.sequences.seal(sequence, key, tokens, fill.expected, self._now())
+            response.statuses.append(grant.status)
+        response.statuses.extend([Status.REFUSED] * (len(keys) - len(response.statuses)))
+        put_tails(response.tails, sequence)
+
+    # Forks --------------------------------------------------------------------------
+
+    def fork(
+        self, session: Session, request: node_pb2.ForkRequest, response: node_pb2.ForkResponse
+    ) -> Coroutine[Any, Any, None] | None:
+        return self._now_or_later(lambda: self._fork(session, request, response))
+
+    def _fork(
+        self, session: Session, request: node_pb2.ForkRequest, response: node_pb2.ForkResponse
+    ) -> Lack | None:
+        parent = self.sequences.find(session, request.sequence, self._now())
+        cut = parent.cut(request.tokens)
+        source = self._source(session, parent, cut)
+        if isinstance(source, Lack):
+            return source
+        idle_s = request.idle_ms / 1000 or parent.idle_s
+        fork = self.sequences.fork(
+            session, parent, cut.blocks, idle_s, self._now(), tentative=request.tentative
+        )
+        if source is not None:
+            lacking, reason = self._open_blocks(fork, 1)
+            if not fork.tails:
+                self.sequences.end(fork, self._now(), let_go=True)
+                if not lacking:
+                    raise Refused(f"{reason}; accept one of them first")
+                return Lack(reason, session, parent)
+            self._copy(source, fork.tails[0].extent, fork.shape)
+            fork.append(cut.start, cut.rest, 0, fork.shape.layers)
+        response.sequence = fork.id
+        response.epoch = fork.epoch
+        put_tails(response.tails, fork)
+        return None
+
+    def accept(
+        self, session: Session, request: node_pb2.AcceptRequest, response: node_pb2.AcceptResponse
+    ) -> Coroutine[Any, Any, None] | None:
+        return self._now_or_later(lambda: self._accept(session, request, response))
+
+    def _accept(
+        self, session: Session, request: node_pb2.AcceptRequest, response: node_pb2.AcceptResponse
+    ) -> Lack | None:
+        parent = self._writer(session, request)
+        taken = parent.forks.get(request.fork, parent)
+        if taken is not parent or not request.fork:
+            lack = self._cut_off(session, taken, request.tokens)
+            if lack is not None:
+                return lack
+        self.sequences.accept(parent, request.fork, request.tokens, self._now())
+        response.length = parent.length
+        put_tails(response.tails, parent)
+        return None
+
+    def truncate(
+        self,
+        session: Session,
+        request: node_pb2.TruncateRequest,
+        response: node_pb2.TruncateResponse,
+    ) -> Coroutine[Any, Any, None] | None:
+        return self._now_or_later(lambda: self._truncate(session, request, response))
+
+    def _truncate(
+        self,
+        session: Session,
+        request: node_pb2.TruncateRequest,
+        response: node_pb2.TruncateResponse,
+    ) -> Lack | None:
+        sequence = self._writer(session, request)
+        lack = self._cut_off(session, sequence, request.tokens)
+        if lack is None:
+            response.length = sequence.length
+            put_tails(response.tails, sequence)
+        return lack
+
+    def _cut_off(self, session: Session, sequence: OpenSequence, tokens: int) -> Lack | None:
+        """Truncates; what is left of a sealed block lies in an open one then."""
+        cut = sequence.cut(tokens)
+        if cut.block is not None:
+            source = self._source(session, sequence, cut)
+            if isinstance(source, Lack):
+                return source
+            assert source is not None
+            lacking, reason = self._open_blocks(sequence, 1)
+            if not sequence.tails:
+                if not lacking:
+                    raise Refused(f"{reason}; accept one of them first")
+                return Lack(reason, session, sequence)
+            self._copy(source, sequence.tails[0].extent, sequence.shape)
+        self.sequences.truncate(sequence, tokens, self._now())
+        return None
+
+    def _source(self, session: Session, sequence: OpenSequence, cut: Cut) -> Extent | Lack | None:
+        """The extent of the block that is cut; None: none is."""
+        if not cut.rest:
+            return None
+        if cut.block is None:
+            if cut.rest > sequence.shape.block_tokens:
+                raise Refused(
+                    f"{cut.rest} tokens lie in open blocks, of which a fork copies at most one; "
+                    "seal the full ones first"
+                )
+            return sequence.tails[0].extent
+        shard = self._core.shards.get(sequence.namespace, cut.block.key)
+        if shard is not None:
+            return shard.extent
+        where = self._place(sequence.namespace, cut.block)
+        tokens = f"tokens {cut.start} to {cut.start + cut.block.tokens - 1}"
+        if not where:
+            raise Refused(f"the block of {tokens} is lost; cut at its begin, or store it again")
+        reason = f"the block of {tokens} lies on node {where} and has to come home to be cut"
+        return Lack(reason, session, sequence, cut.block.key)
+
+    def _copy(self, source: Extent, target: Extent, shape: Shape) -> None:
+        self._view(target, shape)[:] = self._view(source, shape)
+
+    def _now_or_later(self, attempt: Callable[[], Lack | None]) -> Coroutine[Any, Any, None] | None:
+        lack = attempt()
+        return None if lack is None else self._later(attempt, lack)
+
+    async def _later(self, attempt: Callable[[], Lack | None], lack: Lack) -> None:
+        """Sees to what is lacking, and tries again."""
+        deadline_s = self._now() + CUT_WAIT_S
+        for _ in range(ATTEMPTS):
+            left_s = deadline_s - self._now()
+            if left_s <= 0 or not await self._see_to(lack, left_s):
+                break
+            again = attempt()
+            if again is None:
+                return
+            lack = again
+        raise Retry(f"{lack.reason}; cut between blocks, or try again")
+
+    async def _see_to(self, lack: Lack, within_s: float) -> bool:
+        """Whether it is worth another attempt."""
+        if lack.key is None:
+            return await self._seek_room(lack.sequence, lack.session, 1, within_s)
+        if self.fetch_home is None:
+            return False
+        lack.sequence.calls += 1
+        try:
+            await asyncio.wait_for(self.fetch_home(lack.sequence.namespace, [lack.key]), within_s)
+        except TimeoutError:
+            return False
+        finally:
+            lack.sequence.calls -= 1
+        return self._core.shards.get(lack.sequence.namespace, lack.key) is not None
+
+    # Telling ------------------------------------------------------------------------
+
+    def describe(
+        self,
+        session: Session,
+        request: node_pb2.DescribeRequest,
+        response: node_pb2.DescribeResponse,
+    ) -> None:
+        sequence = self.sequences.find(session, request.sequence, self._now())
+        response.length = sequence.length
+        response.epoch = sequence.epoch
+        response.block_tokens = sequence.shape.block_tokens
+        response.blocks = len(sequence.blocks)
+        first = request.first_block
+        told = sequence.blocks[first : first + DESCRIBED_BLOCKS]
+        names = [self._place(sequence.namespace, block) for block in told]
+        nodes = {name: index for index, name in enumerate(dict.fromkeys(filter(None, names)))}
+        response.keys.extend([block.key for block in told])
+        response.tokens.extend([block.tokens for block in told])
+        response.place.extend([nodes.get(name, len(nodes)) for name in names])
+        response.nodes.extend(nodes)
+        if sequence.ahead:
+            response.visible.extend(map(sequence.visible, range(sequence.shape.layers)))
+        put_tails(response.tails, sequence)
+
+    def _place(self, namespace: NamespaceId, block: Block) -> str:
+        """The node that has this block, as far as this one knows; empty: none."""
+        if self._core.shards.get(namespace, block.key) is not None:
+            return self._handler.identity.node
+        return self.whereabouts(namespace, block.key) or block.seen_at
+
+    # Inside -------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self._handler.clock.now()
+
+    def _writer(self, session: Session, request: Any) -> OpenSequence:
+        return self.sequences.writer(session, request.sequence, request.epoch, self._now())
+
+    def _view(self, extent: Extent, shape: Shape) -> memoryview:
+        return self._handler.arena.view(extent.segment, extent.offset, shape.size_bytes)
+
+
+def _shape(request: node_pb2.OpenSequenceRequest, segment_bytes: int) -> Shape:
+    layers = request.layers or 1
+    if layers > MAX_LAYERS:
+        raise Refused(f"{layers} layers in a block; the limit is {MAX_LAYERS}")
+    if not request.block_tokens:
+        raise Refused("a sequence's blocks have at least one token; give block_tokens")
+    if request.size_bytes <= segment_bytes:  # else the core refuses it
+        checksums.parts(request.size_bytes, layers)  # refuses what cannot be cut
+    return Shape(request.size_bytes, layers, request.block_tokens)
+
+
+def put_tails(tails: node_pb2.Tails, sequence: OpenSequence) -> None:
+    """The open blocks, in order."""
+    extents = [tail.extent for tail in sequence.tails]
+    tails.segments.extend([extent.segment for extent in extents])
+    tails.offsets.extend([extent.offset for extent in extents])
+    tails.generations.extend([extent.generation for extent in extents])
+    tails.first_token = sequence.sealed

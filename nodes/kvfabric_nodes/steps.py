@@ -1,0 +1,48 @@
+"""What engines measured of their own steps, as sums for the next heartbeat."""
+
+from __future__ import annotations
+
+import math
+
+from kvfabric.errors import Refused
+from kvfabric.rpc.v1 import control_pb2, node_pb2
+
+REPORTED_STEPS = 65536  # in one call
+
+
+class Steps:
+    """Sums over all steps since the last `take`."""
+
+    def __init__(self) -> None:
+        self._sums = control_pb2.StepSums()
+
+    def add(self, report: node_pb2.ReportStepsRequest) -> None:
+        """Takes one call's steps in. Refused, with nothing taken, where one is no measurement."""
+        if not len(report.batch) == len(report.tokens) == len(report.seconds):
+            raise Refused(
+                f"{len(report.batch)} batches, {len(report.tokens)} tokens and "
+                f"{len(report.seconds)} seconds: give one of each per step"
+            )
+        if len(report.batch) > REPORTED_STEPS:
+            raise Refused(f"{len(report.batch)} steps in one call; the limit is {REPORTED_STEPS}")
+        if not all(math.isfinite(s) and s >= 0 for s in report.seconds):
+            raise Refused("a step took a time that is negative or not finite")
+        sums = self._sums
+        for batch, tokens, seconds in zip(report.batch, report.tokens, report.seconds, strict=True):
+            sums.steps += 1
+            sums.batch += batch
+            sums.tokens += tokens
+            sums.seconds += seconds
+            sums.batch_batch += batch * batch
+            sums.batch_tokens += batch * tokens
+            sums.tokens_tokens += tokens * tokens
+            sums.batch_seconds += batch * seconds
+            sums.tokens_seconds += tokens * seconds
+            sums.last_batch = batch
+        sums.waiting = report.waiting
+
+    def take(self) -> control_pb2.StepSums:
+        """The sums; they start anew, but for what tells of now (`waiting`, `last_batch`)."""
+        taken = self._sums
+        self._sums = control_pb2.StepSums(waiting=taken.waiting, last_batch=taken.last_batch)
+        return taken
