@@ -45,7 +45,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             NodeSettings(node=name, runtime_dir=tmp_path / "run", grpc="", metrics="", **given)
         )
         node.start()
-        node.learn_peer_token(TOKEN)
+        node.neighbours.learn_peer_token(TOKEN)
         nodes.append(node)
         return node
 
@@ -102,9 +102,9 @@ def pull(target: Node, source: Node, keys: list[Key], kind: str = "unix", **opti
         1, SPACE_ID, tuple(keys), source.settings.node, endpoints_of(source, kind), **options
     )
     assert target._loop is not None
-    return asyncio.run_coroutine_threadsafe(target._puller.pull(order), target._loop).result(
-        DEADLINE_S
-    )
+    return asyncio.run_coroutine_threadsafe(
+        target.neighbours.puller.pull(order), target._loop
+    ).result(DEADLINE_S)
 
 
 def outcomes(pulled: Pulled) -> list[Outcome]:

@@ -1,0 +1,80 @@
+"""All that a node has to do with its manager and with other nodes, put together.
+
+It runs on the core's loop. A node without a manager has no neighbours: it is never told
+what nodes show each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from kvfabric.rpc.v1 import control_pb2
+from kvfabric_nodes.commands import Commands
+from kvfabric_nodes.handler import Handler
+from kvfabric_nodes.heartbeat import Heartbeat
+from kvfabric_nodes.homing import Homing
+from kvfabric_nodes.peers import Peers
+from kvfabric_nodes.puller import Puller
+from kvfabric_nodes.pulls import PullLimits
+from kvfabric_nodes.settings import NodeSettings
+from kvfabric_nodes.transfer import OnCore
+
+
+class Neighbours:
+    """See the module. `heartbeat` None: there is no manager."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        settings: NodeSettings,
+        register: control_pb2.RegisterRequest,
+        on_core: OnCore,
+    ) -> None:
+        self._handler = handler
+        self.peers = Peers(settings.node, register.endpoints.host)
+        limits = PullLimits(parallel=settings.parallel_pulls)
+        self.puller = Puller(handler, self.peers, on_core, limits)
+        self.commands = Commands(handler, self.puller)
+        self.heartbeat: Heartbeat | None = None
+        if settings.manager:
+            self.heartbeat = self._hear_manager(settings.manager, register)
+        inquiries = self.heartbeat.inquiries if self.heartbeat else None
+        self.homing = Homing(handler.core, self.puller, inquiries)
+
+    def learn_peer_token(self, token: bytes) -> None:
+        """What the nodes of this fabric show each other, as the manager says."""
+        self._handler.peer_token = self.peers.peer_token = token
+
+    def tick(self, now_s: float) -> None:
+        self.commands.tick(now_s)
+        self.peers.sweep()
+
+    def check(self) -> None:
+        """Asserts the invariants of all parts."""
+        self.puller.pulls.check()
+
+    async def close(self) -> None:
+        """While the core still answers: transfers end with their sessions."""
+        ended = asyncio.get_running_loop().run_in_executor(None, self.peers.close)
+        await self.puller.close()
+        await ended
+
+    def _hear_manager(self, manager: str, register: control_pb2.RegisterRequest) -> Heartbeat:
+        handler = self._handler
+        heartbeat = Heartbeat(handler.core, handler.metrics, manager, register)
+        heartbeat.registered = self._registered
+        heartbeat.obey = self.commands.obey
+        heartbeat.reports.rates = self.puller.take_rates
+        handler.locate = heartbeat.inquiries.locate
+        seen_soon: list[list[Callable[[], Any]]] = [
+            self.puller.on_copied,
+            self.commands.on_dropped,
+        ]
+        for told in seen_soon:
+            told.append(heartbeat.poke)
+        return heartbeat
+
+    def _registered(self, answer: control_pb2.RegisterResponse) -> None:
+        self.learn_peer_token(answer.peer_token)
