@@ -72,6 +72,20 @@ NODE_METRICS: tuple[Spec, ...] = (
     Spec("kvfabric_node_hits_total", "counter", "Keys asked for and found."),
     Spec("kvfabric_node_misses_total", "counter", "Keys asked for and not found."),
     Spec("kvfabric_node_commits_total", "counter", "Shards sealed."),
+    Spec("kvfabric_node_keeper", "gauge", "1 while a keeper has the node's memory too, else 0."),
+    Spec("kvfabric_node_keeper_losses_total", "counter", "Keepers that ended or fell behind."),
+    Spec("kvfabric_node_adopted_shards_total", "counter", "Shards kept over a restart."),
+    Spec(
+        "kvfabric_node_unadopted_shards_total",
+        "counter",
+        "Shards that a restart dropped.",
+        ("reason",),
+    ),
+    Spec(
+        "kvfabric_node_frozen_segments",
+        "gauge",
+        "Segments that clients of an earlier start may still map.",
+    ),
     Spec(
         "kvfabric_node_commit_refusals_total", "counter", "Commits that were refused.", ("reason",)
     ),

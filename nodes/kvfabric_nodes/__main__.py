@@ -32,14 +32,18 @@ def main() -> int:
         ("tcp", "host:port of the wire"),
         ("grpc", "host:port of gRPC"),
         ("metrics", "host:port of Prometheus metrics"),
+        ("keeper", "true: a process keeps the memory over a crash of this one (the default)"),
+        ("keep-s", "for how many seconds it waits for the next start"),
+        ("keep-on-stop", "true: it waits after an orderly stop, too"),
     ):
         parser.add_argument(f"--{name}", help=text)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     logs.configure()
     own_process()
     try:
-        settings: Any = given
-        node = Node(NodeSettings(**settings))
+        options: Any = given
+        settings = NodeSettings(**options)
+        node = Node(settings, keeper=settings.keeper)
         node.start()
     except (FabricError, ValidationError) as error:
         print(f"kvfabric node: {error}", file=sys.stderr)  # noqa: T201

@@ -89,7 +89,8 @@ def _started(given: dict[str, Any], host: str, remembered: Path) -> Node:
 
 def _start(given: dict[str, Any], host: str, ports: dict[str, int]) -> Node:
     addresses: dict[str, Any] = {name: f"{host}:{ports[name]}" for name in LISTENERS}
-    node = Node(NodeSettings(**given, **addresses))
+    settings = NodeSettings(**given, **addresses)
+    node = Node(settings, keeper=settings.keeper)
     node.start()
     return node
 

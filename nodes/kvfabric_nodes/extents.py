@@ -158,6 +158,10 @@ class Extents:
             self._open.setdefault(pool, {})[segment_id] = segment
         return extents
 
+    def all_ids(self) -> list[int]:
+        """Every segment that has memory, the retired ones included."""
+        return [*self.segments, *self.retired]
+
     def restore_retired(self, segment_id: int) -> None:
         """A segment of an earlier start that holds nothing but may still be mapped."""
         self.retired[segment_id] = self._instead_of_nobodys(segment_id)

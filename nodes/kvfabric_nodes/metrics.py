@@ -34,6 +34,17 @@ class PullTally:
     outcomes: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(slots=True)
+class KeeperTally:
+    """How it stands with the keeper, and what was taken over from it at the start."""
+
+    connected: bool = False
+    losses: int = 0
+    adopted: int = 0  # shards
+    not_adopted: Counter[str] = field(default_factory=Counter)  # by reason
+    frozen: int = 0  # segments
+
+
 class NodeMetrics:
     """Tallies of the shells, and the snapshot of all. Refreshed on the core's thread only."""
 
@@ -46,6 +57,7 @@ class NodeMetrics:
         self.refusals = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
         self.heartbeats = {"ok": 0, "full": 0, "register": 0}
         self.pulls = PullTally()
+        self.keeper = KeeperTally()
         self.commands: Counter[str] = Counter()  # of the manager, by kind
         self.incarnation = incarnation
         self._node = node
@@ -103,6 +115,12 @@ class NodeMetrics:
         self._set("hits_total", tally.hits)
         self._set("misses_total", tally.misses)
         self._set("commits_total", tally.commits)
+        self._set("keeper", self.keeper.connected)
+        self._set("keeper_losses_total", self.keeper.losses)
+        self._set("adopted_shards_total", self.keeper.adopted)
+        self._set("frozen_segments", self.keeper.frozen)
+        for why, shards in self.keeper.not_adopted.items():
+            self._set("unadopted_shards_total", shards, why)
         self._set("expired_reservations_total", tally.expired_reservations)
         self._set("expired_leases_total", tally.expired_leases)
         for what, shards in tally.dropped_shards.items():

@@ -29,12 +29,12 @@ from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.group_calls import GroupCalls
 from kvfabric_nodes.groups import Groups
 from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
 from kvfabric_nodes.handler import Handler, Identity
 from kvfabric_nodes.heartbeat import Heartbeat
+from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
 from kvfabric_nodes.peers import Peers
 from kvfabric_nodes.puller import Puller
@@ -49,6 +49,7 @@ from kvfabric_nodes.steps import Steps
 log = structlog.get_logger(__name__)
 
 START_TIMEOUT_S = 30.0
+ADOPTED_BYTES_PER_S = 1e9  # at least, of what was kept over a restart
 STOP_TIMEOUT_S = 15.0
 TICK_S = 0.1  # how late a deadline may be noticed on an idle node
 REFRESH_S = 0.5  # how old a scraped metric may be
@@ -57,8 +58,12 @@ REFRESH_S = 0.5  # how old a scraped metric may be
 class Node:
     """Serves from `start` to `stop`. The endpoints are known once it has started."""
 
-    def __init__(self, settings: NodeSettings, clock: Clock | None = None) -> None:
+    def __init__(
+        self, settings: NodeSettings, clock: Clock | None = None, *, keeper: bool = False
+    ) -> None:
+        """`keeper`: a process of its own keeps the memory over a crash of this one."""
         self.settings = settings
+        self._has_keeper = keeper
         self.endpoints = types_pb2.Endpoints(host=host_id())
         self.incarnation = time.time_ns()
         self._clock = clock or SystemClock()
@@ -75,10 +80,11 @@ class Node:
     def start(self) -> None:
         """Returns once the node serves; raises what kept it from it."""
         self._thread.start()
+        timeout_s = START_TIMEOUT_S + self.settings.memory / ADOPTED_BYTES_PER_S
         try:
-            self._started.result(START_TIMEOUT_S)
+            self._started.result(timeout_s)
         except TimeoutError as error:
-            raise Retry(f"the node did not start within {START_TIMEOUT_S:g} s") from error
+            raise Retry(f"the node did not start within {timeout_s:g} s") from error
         except OSError as error:
             raise Refused(
                 f"the node cannot start: {error}; where it lacks files or memory, raise the limit "
@@ -130,11 +136,11 @@ class Node:
         make_runtime_dir(settings.runtime_dir)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        segment_bytes = settings.segment_bytes
-        core = NodeCore(Extents(settings.memory // segment_bytes, segment_bytes))
-        self._core = core
+        keeping = Keeping(settings, self._clock)
+        restored = await keeping.restored(self._has_keeper)
+        self._core = core = restored.core
         async with contextlib.AsyncExitStack() as stack:
-            arena = Arena(core.extents.segments, segment_bytes)
+            arena = Arena(core.extents.all_ids(), settings.segment_bytes, restored.memory)
             stack.callback(arena.close)
             metrics = NodeMetrics(settings.node, self.incarnation, core, arena)
             verifier = stack.enter_context(ThreadPoolExecutor(1, "kvfabric-verify"))
@@ -144,7 +150,14 @@ class Node:
             stack.push_async_callback(self._end_tasks)
             self._open_metrics(metrics, stack)
             await self._open_grpc(handler, stack)
+            if self._has_keeper:
+                metrics.keeper = keeping.tally
+                keeping.attach(restored, arena, handler)
+                # A start that fails leaves what was there to the next one.
+                stack.push_async_callback(keeping.stop, keep=keeping.tally.adopted > 0)
+                self._begin(keeping.run())
             server = self._open_wire(handler, stack)
+            stack.push_async_callback(keeping.stop, keep=settings.keep_on_stop)
             peers = Peers(settings.node, self.endpoints.host)
             limits = PullLimits(parallel=settings.parallel_pulls)
             puller = Puller(handler, peers, server.on_core, limits)

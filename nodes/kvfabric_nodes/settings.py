@@ -32,11 +32,19 @@ class NodeSettings(BaseSettings):
     token: str = Field(default="", validation_alias="KVFABRIC_TOKEN")
     labels: dict[str, str] = Field(default_factory=dict)
     lend: Size | None = None  # lent to other nodes at most; default: half the memory
+    keeper: bool = True  # a process that keeps the memory over a crash of this one
+    keep_s: float = Field(600.0, gt=0)  # how long it waits for the next start
+    keep_on_stop: bool = False  # it waits after an orderly stop, too
     parallel_pulls: int = Field(2, ge=1, le=16)  # transfers from other nodes at once
 
     @property
     def unix_path(self) -> Path:
         return self.runtime_dir / f"{self.node}.sock"
+
+    @property
+    def keeper_path(self) -> Path:
+        """The keeper's socket; no `.sock`, by which clients find nodes."""
+        return self.runtime_dir / f"{self.node}.keeper"
 
     @property
     def lend_bytes(self) -> int:

@@ -1,0 +1,168 @@
+"""What the keeper has yet to be told: queued in order of need, sent as far as the kernel takes it.
+
+What was dropped, and who was given which segment, goes first: it must be out before anybody is
+told that a slot or a segment is his (`push`). Records of sealed shards follow in small pieces,
+and only while most of the kernel's buffer is free, so that there is room for the former. A
+keeper that does not keep up even so is killed, which makes it forget: better none than one
+that remembers what is no longer so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from kvfabric_nodes.keeper import process, records
+from kvfabric_nodes.keeper.client import KeeperLink
+from kvfabric_nodes.keeper.process import Op
+from kvfabric_nodes.shards import Shard
+
+PIECE_BYTES = 16 << 10  # encoded at a time: half a millisecond of the loop
+
+
+class Outbox:
+    """To one keeper, for as long as that lives. All methods run on the loop."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        link: KeeperLink,
+        encode: Callable[[Shard], bytes],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._link = link
+        self._encode = encode
+        self._on_lost = on_lost
+        self._queue: deque[tuple[bytes, int | None]] = deque()  # with a descriptor beside it
+        self._dropped: dict[tuple[int, int], None] = {}  # slots
+        self._sealed: dict[tuple[int, int], Shard] = {}
+        self._backlog: list[Shard] = []
+        self._waking = False
+        self._writing = False
+        self._open = True
+        loop.add_reader(link.sock, self._on_readable)
+
+    def segment(self, segment: int, descriptor: int) -> None:
+        """Memory to keep; the descriptor stays the caller's."""
+        own = os.dup(descriptor)
+        self._queue.append((process.packed(Op.SEGMENT, process.SEGMENT.pack(segment)), own))
+        self._wake()
+
+    def close_segment(self, segment: int) -> None:
+        self._queue.append((process.packed(Op.CLOSE, process.SEGMENT.pack(segment)), None))
+        self._wake()
+
+    def put(self, key: bytes, record: bytes) -> None:
+        self._queue.append((process.put(key, record), None))
+        self._wake()
+
+    def delete(self, key: bytes) -> None:
+        self._queue.append((process.packed(Op.DELETE, key), None))
+        self._wake()
+
+    def sealed(self, shard: Shard) -> None:
+        """It is sealed, or its record changed."""
+        self._sealed[shard.extent.segment, shard.extent.offset] = shard
+        self._wake()
+
+    def dropped(self, shard: Shard) -> None:
+        slot = (shard.extent.segment, shard.extent.offset)
+        self._sealed.pop(slot, None)
+        self._dropped[slot] = None
+        self._wake()
+
+    def all_of(self, shards: Iterable[Shard]) -> None:
+        """Everything that is held, to a keeper that knows nothing."""
+        self._backlog = [*shards]
+        self._wake()
+
+    def push(self) -> None:
+        """All but the records of sealed shards, at once: they are out, or the keeper forgets."""
+        if self._open and (self._dropped or self._queue) and not self._drain():
+            self._lose("it does not keep up")
+
+    def flush(self) -> None:
+        """As much as goes out without waiting."""
+        self._waking = False
+        if not self._open:
+            return
+        if self._drain() and (self._sealed or self._backlog) and self._link.roomy():
+            self._queue.append((self._piece(), None))
+            self._drain()
+        if not self._open:
+            return
+        waiting = bool(self._queue or self._sealed or self._backlog)
+        if waiting != self._writing:
+            self._writing = waiting
+            if waiting:
+                self._loop.add_writer(self._link.sock, self.flush)
+            else:
+                self._loop.remove_writer(self._link.sock)
+
+    def close(self) -> KeeperLink:
+        """Gives the link back, for an end of the caller's choice."""
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._link.sock)
+            self._loop.remove_writer(self._link.sock)
+        for _, descriptor in self._queue:
+            if descriptor is not None:
+                os.close(descriptor)
+        self._queue.clear()
+        self._sealed.clear()
+        self._dropped.clear()
+        self._backlog.clear()
+        return self._link
+
+    def _wake(self) -> None:
+        if not self._waking and not self._writing and self._open:
+            self._waking = True
+            self._loop.call_soon(self.flush)
+
+    def _drain(self) -> bool:
+        """Whether all that is queued went out."""
+        if self._dropped:
+            deletes = [process.packed(Op.DELETE, records.slot_key(*s)) for s in self._dropped]
+            self._queue.append((b"".join(deletes), None))
+            self._dropped.clear()
+        try:
+            while self._queue:
+                data, descriptor = self._queue[0]
+                sent = self._link.send(data, descriptor)
+                if sent and descriptor is not None:
+                    os.close(descriptor)
+                if sent < len(data):
+                    self._queue[0] = (data[sent:], descriptor if not sent else None)
+                    return False
+                self._queue.popleft()
+        except OSError as error:
+            self._lose(str(error))
+            return False
+        return True
+
+    def _piece(self) -> bytes:
+        """The next records, oldest first."""
+        piece = bytearray()
+        while len(piece) < PIECE_BYTES and (self._sealed or self._backlog):
+            if self._sealed:
+                slot = next(iter(self._sealed))
+                shard = self._sealed.pop(slot)
+            else:
+                shard = self._backlog.pop()
+            if shard.present:
+                extent = shard.extent
+                slot = (extent.segment, extent.offset)
+                piece += process.put(records.slot_key(*slot), self._encode(shard))
+        return bytes(piece)
+
+    def _on_readable(self) -> None:
+        self._lose("it ended")  # it has nothing to say
+
+    def _lose(self, why: str) -> None:
+        if self._open:
+            self.close().kill(wait=False)
+            self._link.close()
+            self._on_lost(why)
