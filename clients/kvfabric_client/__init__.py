@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvfabric_client.aio import AsyncClient, AsyncRoom
     from kvfabric_client.aio import connect as connect_async
+    from kvfabric_client.answers import Match, Run, View
     from kvfabric_client.client import Client, connect
-    from kvfabric_client.room import Match, Room, Run, View
+    from kvfabric_client.room import Room
 
 __all__ = [
     "AsyncClient",
@@ -30,10 +31,10 @@ _HOMES = {
     "AsyncClient": "aio",
     "AsyncRoom": "aio",
     "Client": "client",
-    "Match": "room",
+    "Match": "answers",
     "Room": "room",
-    "Run": "room",
-    "View": "room",
+    "Run": "answers",
+    "View": "answers",
     "connect": "client",
 }
 

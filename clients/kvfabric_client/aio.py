@@ -16,10 +16,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status
+from kvfabric_client.answers import Match, View
 from kvfabric_client.buffers import Bytes
 from kvfabric_client.client import Client
 from kvfabric_client.client import connect as connect_sync
-from kvfabric_client.room import Match, Room, View
+from kvfabric_client.room import Room
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,8 +22,11 @@ from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import DEFAULT_TENANT, Key, Namespace, NamespaceId
 from kvfabric_client import discovery
 from kvfabric_client.deadline import Deadline
+from kvfabric_client.discovery import address_of
+from kvfabric_client.handoff import Holds
 from kvfabric_client.link import Link
 from kvfabric_client.manager import Manager
+from kvfabric_client.renewals import Renewals
 from kvfabric_client.room import Room
 
 log = guest_logger(__name__)
@@ -34,6 +37,7 @@ DEFAULT_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.5  # better a miss than a late answer
 LISTED_S = 1.0  # how long a listing of this host's nodes is trusted
 CLOSE_TIMEOUT_S = 60.0  # for calls in other threads to end
+FLEET_S = 1.0  # how long the manager's listing of all nodes is trusted
 AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
 
 
@@ -80,6 +84,8 @@ class Client:
         self.timeout_s = timeout_s
         self.checksums = checksums
         self.copiers = ThreadPoolExecutor(1, "kvfabric-copy")
+        self.renewals = Renewals()
+        self.holds = Holds()
         self._home = home
         self._principal = f"{tenant}/{principal}" if principal else tenant
         self._token = token.encode()
@@ -91,6 +97,8 @@ class Client:
         self._addresses: list[str] = []
         self._listed_until_s = 0.0
         self._manager: Manager | None = None
+        self._fleet: dict[str, control_pb2.NodeInfo] = {}  # by name, as last listed
+        self._fleet_until_s = 0.0
         self._closed = False
 
     def open(self, namespace: Namespace) -> Room:
@@ -116,6 +124,31 @@ class Client:
         """Every node that the manager knows."""
         return self.manager().nodes(self.deadline(timeout_s))
 
+    def report_steps(
+        self,
+        batch: Sequence[int],
+        tokens: Sequence[int],
+        seconds: Sequence[float],
+        *,
+        waiting: int = 0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Tells the planner what an engine measured of its steps, at most a few thousand a call.
+
+        Per step: requests in its batch, tokens of KV attended, seconds. `waiting`: requests in
+        the engine's queue now.
+        """
+        if not len(batch) == len(tokens) == len(seconds):
+            raise Refused(
+                f"{len(batch)} batches, {len(tokens)} token counts and {len(seconds)} durations; "
+                "give one of each per step"
+            )
+        request = node_pb2.ReportStepsRequest(
+            batch=batch, tokens=tokens, seconds=seconds, waiting=waiting
+        )
+        deadline = self.deadline(timeout_s)
+        self.at_home(lambda link: link.call("report_steps", request, deadline.at_s), deadline)
+
     def manager(self) -> Manager:
         """The control plane. Unreachable where this fabric has none."""
         with self._lock:
@@ -140,6 +173,7 @@ class Client:
             if not self._idle.wait_for(lambda: not self._calls, CLOSE_TIMEOUT_S):
                 log.error("calls_do_not_end", count=self._calls, effect="their sessions stay open")
                 return
+        self.renewals.close()
         self.copiers.shutdown()
         with self._lock:
             for link in self._links.values():
@@ -214,10 +248,52 @@ class Client:
             return {}
         for index, name in enumerate(names):
             if name in wanted and name in infos:
-                address = discovery.address_of(infos[name])
+                address = address_of(infos[name])
                 if address:
                     found.setdefault(address, []).append(index)
         return found
+
+    def addresses(self, deadline: Deadline) -> list[str]:
+        """Every node that may be written to: this host's first, then all that the manager knows
+        to be alive and not being drained."""
+        infos = self.fleet(deadline)
+        full = {address_of(info) for info in infos.values() if info.draining or not info.alive}
+        near = [address for address in self._candidates() if address not in full]
+        far = [address_of(info) for info in infos.values()]
+        return near + [a for a in far if a and a not in full and a not in near]
+
+    def address_of(self, node: str, deadline: Deadline) -> str:
+        """How to reach the node of this name. Empty: nobody knows."""
+        here = next((a for a in self._candidates() if a.endswith(f"/{node}.sock")), "")
+        if here:
+            return here
+        info = self.fleet(deadline).get(node)
+        if info is None or not info.alive:
+            info = self.fleet(deadline, anew=True).get(node)
+        return address_of(info) if info is not None and info.alive else ""
+
+    def is_draining(self, node: str, deadline: Deadline) -> bool:
+        """Whether the manager is emptying this node; false where it cannot be asked."""
+        info = self.fleet(deadline, anew=True).get(node)
+        return info is not None and info.draining
+
+    def fleet(self, deadline: Deadline, *, anew: bool = False) -> dict[str, control_pb2.NodeInfo]:
+        """All nodes by name, as the manager said a moment ago; empty where it cannot be asked."""
+        now_s = time.monotonic()
+        if now_s < self._fleet_until_s and not anew:
+            return self._fleet
+        if self._avoid.get("manager", 0.0) > now_s:
+            return self._fleet
+        try:
+            deadline = Deadline(min(deadline.at_s, now_s + LOCATE_TIMEOUT_S))
+            infos = self.manager().nodes(deadline)
+        except Retry as error:
+            self._avoid["manager"] = now_s + AVOID_S
+            log.debug("nodes_not_listed", why=str(error))
+            return self._fleet
+        self._fleet = {info.node: info for info in infos}
+        self._fleet_until_s = now_s + FLEET_S
+        return self._fleet
 
     def _candidates(self) -> list[str]:
         """Good ones first, then those that failed a moment ago."""

@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections import abc
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kvfabric.errors import Refused, Retry
-from kvfabric.keys import namespace_id
+from kvfabric.errors import Refused
 from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import node_pb2, types_pb2
-from kvfabric.types import BATCH_KEYS, Key, Namespace, Status, Tier
-from kvfabric_client import shm, stream
+from kvfabric.types import Format, Key, Status, Tier
+from kvfabric_client import shm
+from kvfabric_client.answers import Match, Run, View
+from kvfabric_client.blocks import shape_of
 from kvfabric_client.buffers import Bytes, Pieces
-from kvfabric_client.deadline import Deadline, milliseconds
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.group import Group, open_group
+from kvfabric_client.handoff import HandOff, hand_off
 from kvfabric_client.link import Link
+from kvfabric_client.outline import Outline, checked_ids
+from kvfabric_client.sequence import Sequence
+from kvfabric_client.sequence_home import Opening
+from kvfabric_client.sequence_writer import Writer
+from kvfabric_client.state import State
+from kvfabric_client.transfers import Transfers, batches
 
 if TYPE_CHECKING:
-    from kvfabric_client.client import Client
+    pass
 
 log = guest_logger(__name__)
 
+T = TypeVar("T")
 
-class Room:
+IDLE_S = 60.0  # how long a sequence lives after its writer was heard of last
+GROUP_LIFE_S = 600.0
+HOLD_S = 30.0
+
+
+class Room(Transfers):
     """See the module. Made by `Client.open`."""
 
-    def __init__(self, client: Client, namespace: Namespace) -> None:
-        self.client = client
-        self.namespace = namespace
-        self.id = namespace_id(namespace)
-
     def match(
-        self, keys: Sequence[Key], *, local_only: bool = False, timeout_s: float | None = None
+        self, keys: abc.Sequence[Key], *, local_only: bool = False, timeout_s: float | None = None
     ) -> Match:
         """The longest prefix of `keys` that the fabric holds (the home node, if `local_only`)."""
         deadline = self.client.deadline(timeout_s)
         matched, runs = 0, list[Run]()
-        for batch in _batches(len(keys)):
+        for batch in batches(len(keys)):
             request = node_pb2.MatchRequest(
                 namespace_id=self.id, keys=keys[batch], local_only=local_only
             )
@@ -53,12 +61,13 @@ class Room:
 
     def put(
         self,
-        keys: Sequence[Key],
-        buffers: Sequence[Any],
+        keys: abc.Sequence[Key],
+        buffers: abc.Sequence[Any],
         *,
-        parents: Sequence[Key | None] | None = None,
+        parents: abc.Sequence[Key | None] | None = None,
         layers: int = 1,
         ttl_s: float = 0.0,
+        at: str = "",
         timeout_s: float | None = None,
     ) -> list[Status]:
         """Stores shards: OK = sealed, EXISTS = was there, REFUSED and RETRY = not stored.
@@ -66,93 +75,65 @@ class Room:
         `buffers[i]`: contiguous bytes, or a list of such that are stored one behind the
         other (one per layer, say). `layers`: equal layer parts of each shard, each with
         checksums of its own. `parents[i]`: the key before it in its chain. `ttl_s`: life
-        after the commit; 0: until evicted.
+        after the commit; 0: until evicted. `at`: the address of a node other than the home.
         """
         deadline = self.client.deadline(timeout_s)
         sources = _pieces(keys, buffers)
         statuses: list[Status] = []
-        for batch in _batches(len(keys)):
+        for batch in batches(len(keys)):
             some = parents[batch] if parents else None
-            statuses += self._put(keys[batch], sources[batch], some, layers, ttl_s, deadline)
-        return statuses
-
-    def _put(
-        self,
-        keys: Sequence[Key],
-        sources: Sequence[Pieces],
-        parents: Sequence[Key | None] | None,
-        layers: int,
-        ttl_s: float,
-        deadline: Deadline,
-    ) -> list[Status]:
-        header: dict[str, Any] = {
-            "namespace_id": self.id,
-            "keys": keys,
-            "parents": [parent or b"" for parent in parents or ()],
-            "size_bytes": [source.size_bytes for source in sources],
-            "layers": layers,
-            "ttl_ms": milliseconds(ttl_s),
-        }
-
-        def store(link: Link) -> tuple[list[Status], dict[int, str]]:
-            link.open(self.namespace, self.id, deadline.at_s)
-            header["deadline_ms"] = milliseconds(deadline.left_s())
-            checked = self.client.checksums
-            if link.shares_memory:
-                request = node_pb2.ReserveRequest(**header)
-                return shm.put(
-                    link, request, sources, deadline, self.client.copiers, checked=checked
-                )
-            stream_header = node_pb2.WriteRequest.Header(**header)
-            return stream.put(link, stream_header, sources, deadline, checked=checked)
-
-        statuses, reasons = self.client.at_home(store, deadline)
-        why = {reasons[i] for i in reasons if statuses[i] is not Status.EXISTS}
-        if why:
-            refused = sum(status not in (Status.OK, Status.EXISTS) for status in statuses)
-            log.warning("not_stored", shards=refused, why=sorted(why)[0], reasons=len(why))
+            statuses += self.store(keys[batch], sources[batch], some, layers, ttl_s, deadline, at)
         return statuses
 
     def get_into(
         self,
-        keys: Sequence[Key],
-        buffers: Sequence[Any],
+        keys: abc.Sequence[Key],
+        buffers: abc.Sequence[Any],
         *,
         verify: bool = True,
+        at: str = "",
         timeout_s: float | None = None,
     ) -> list[Status]:
         """Copies shards into `buffers` (as in `put`, writable): OK or MISS per key.
 
-        A shard of another size than its buffers is a miss. Where the status is MISS, the
-        buffers' content is undefined. After a return or a raise nothing writes to them.
+        `at`: the address of a node that is asked before any other. A shard of another size than
+        its buffers is a miss. Where the status is MISS, the buffers' content is undefined. After
+        a return or a raise nothing writes to them.
         """
         deadline = self.client.deadline(timeout_s)
         targets = _pieces(keys, buffers, writable=True)
-        return self._get(
+        return self.load(
             keys,
             lambda index, size: targets[index] if targets[index].size_bytes == size else None,
             deadline,
             verify=verify,
+            at=at,
         )
 
     def get(
-        self, keys: Sequence[Key], *, verify: bool = True, timeout_s: float | None = None
+        self,
+        keys: abc.Sequence[Key],
+        *,
+        verify: bool = True,
+        at: str = "",
+        timeout_s: float | None = None,
     ) -> list[Bytes | None]:
-        """Copies of shards; None: a miss."""
+        """Copies of shards; None: a miss. `at`: as in `get_into`."""
         copies: list[Bytes | None] = [None] * len(keys)
 
         def target(index: int, size_bytes: int) -> Pieces:
             copies[index] = array = np.empty(size_bytes, dtype=np.uint8)
             return Pieces(array)
 
-        statuses = self._get(keys, target, self.client.deadline(timeout_s), verify=verify)
+        deadline = self.client.deadline(timeout_s)
+        statuses = self.load(keys, target, deadline, verify=verify, at=at)
         return [
             copy if status is Status.OK else None
             for copy, status in zip(copies, statuses, strict=True)
         ]
 
     def view(
-        self, keys: Sequence[Key], *, lease_s: float = 30.0, timeout_s: float | None = None
+        self, keys: abc.Sequence[Key], *, lease_s: float = 30.0, timeout_s: float | None = None
     ) -> View:
         """Leased views of shards, for a `with` statement; not to be touched after its end.
 
@@ -181,19 +162,101 @@ class Room:
                 raise
         return view
 
-    def pin(self, keys: Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
+    def sequence(
+        self,
+        form: Format | None = None,
+        *,
+        tokens: Any = (),
+        size_bytes: int = 0,
+        layers: int = 0,
+        block_tokens: int = 0,
+        first_layer: int = 0,
+        first_head: int = 0,
+        heads: int = 0,
+        idle_s: float = IDLE_S,
+        timeout_s: float | None = None,
+    ) -> Sequence:
+        """Opens a sequence, for a `with` statement: one request's context, to be appended to.
+
+        `form`: a plain format; `layers` and `heads` (with the first of each) are those that
+        this rank has, by default all. Without it, or for another packing, give `size_bytes` and
+        `block_tokens` of a block: such blocks are appended and read whole. `tokens`: ids that
+        the context begins with; its full blocks that the fabric holds need not be appended, and
+        `length` says how far that goes. `idle_s`: how long it lives after its writer is gone.
+        """
+        shape = shape_of(
+            form,
+            size_bytes=size_bytes,
+            layers=layers,
+            block_tokens=block_tokens,
+            first_layer=first_layer,
+            first_head=first_head,
+            heads=heads,
+        )
+        ids = checked_ids(tokens)
+        outline = Outline(self.id, shape)
+        blocks = outline.named(ids)
+        opening = Opening(self, shape, blocks, idle_s)
+        home, length = opening.anywhere(self.client.deadline(timeout_s))
+        outline.begin([block for block in blocks if block.end <= length], ids[:length])
+        return Sequence(Writer(self, outline, home))
+
+    def group(
+        self,
+        chains: abc.Sequence[abc.Sequence[Key]],
+        *,
+        life_s: float = GROUP_LIFE_S,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Keeps what the requests of a batch share, for a `with` statement: every key that two
+        or more of these chains have stays until the group is closed, or `life_s` is over."""
+        return open_group(self, chains, life_s, self.client.deadline(timeout_s))
+
+    def state(self, name: str | bytes, *, at: str = "") -> State:
+        """A versioned value under a name, at the home node or the one at the address `at`."""
+        return State(self, name, at)
+
+    def hand_off(
+        self, keys: abc.Sequence[Key], *, hold_s: float = HOLD_S, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Tells another process what the home node has of this chain: a JSON-able dict for `take`.
+
+        Names the longest prefix of the keys that is sealed there, which stays for `hold_s`.
+        """
+        return hand_off(self, keys, hold_s, self.client.deadline(timeout_s)).as_dict()
+
+    def take(
+        self,
+        given: Mapping[str, Any],
+        buffers: abc.Sequence[Any],
+        *,
+        verify: bool = True,
+        timeout_s: float | None = None,
+    ) -> list[Status]:
+        """Copies what was handed off into `buffers`, one per key, as `get_into`.
+
+        The node that was named is asked at once, whether or not a manager knows of it already.
+        Refused where it is of another namespace.
+        """
+        offer = HandOff.of(given, self.id)
+        deadline = self.client.deadline(timeout_s)
+        at = offer.address(self.client, deadline)
+        left_s = deadline.left_s()
+        return self.get_into(offer.keys, buffers, verify=verify, at=at, timeout_s=left_s)
+
+    def pin(self, keys: abc.Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
         """Keeps shards of the home node until unpinned: OK or MISS per key."""
         request = node_pb2.PinRequest(namespace_id=self.id, keys=keys)
         answer = self._call("pin", request, self.client.deadline(timeout_s))
         return [Status(status) for status in answer.pin_response.statuses]
 
-    def unpin(self, keys: Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
+    def unpin(self, keys: abc.Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
         request = node_pb2.UnpinRequest(namespace_id=self.id, keys=keys)
         answer = self._call("unpin", request, self.client.deadline(timeout_s))
         return [Status(status) for status in answer.unpin_response.statuses]
 
     def purge(
-        self, keys: Sequence[Key] = (), *, owner: str = "", timeout_s: float | None = None
+        self, keys: abc.Sequence[Key] = (), *, owner: str = "", timeout_s: float | None = None
     ) -> tuple[int, int]:
         """Erases at the home node: (shards, bytes). No keys: the whole namespace."""
         request = node_pb2.PurgeRequest(namespace_id=self.id, keys=keys, owner=owner)
@@ -213,162 +276,10 @@ class Room:
 
         return self.client.at_home(call, deadline)
 
-    def _get(
-        self, keys: Sequence[Key], target: shm.Target, deadline: Deadline, *, verify: bool
-    ) -> list[Status]:
-        """From the home node, then from wherever the manager knows the rest."""
-        statuses: list[Status] = []
-        for batch in _batches(len(keys)):
-            some = keys[batch]
 
-            def place(index: int, size_bytes: int, start: int = batch.start) -> Pieces | None:
-                return target(start + index, size_bytes)
-
-            statuses += self.client.at_home(
-                partial(self._read, keys=some, target=place, deadline=deadline, verify=verify),
-                deadline,
-            )
-        missing = [index for index, status in enumerate(statuses) if status is not Status.OK]
-        for batch in _batches(len(missing)) if missing else ():
-            some = [keys[index] for index in missing[batch]]
-            places = self.client.elsewhere(self.id, some, deadline)
-            for address, positions in places.items():
-                indices = [missing[batch][position] for position in positions]
-                found = self._read_at(address, keys, indices, target, deadline, verify=verify)
-                for index, status in zip(indices, found, strict=True):
-                    statuses[index] = status
-        return statuses
-
-    def _read_at(
-        self,
-        address: str,
-        keys: Sequence[Key],
-        indices: Sequence[int],
-        target: shm.Target,
-        deadline: Deadline,
-        *,
-        verify: bool,
-    ) -> list[Status]:
-        """Reads some of the keys from a node; one that cannot answer now holds none of them."""
-        some = [keys[index] for index in indices]
-
-        def read(link: Link) -> list[Status]:
-            return self._read(
-                link, some, lambda i, size: target(indices[i], size), deadline, verify=verify
-            )
-
-        try:
-            return self.client.at(address, read, deadline)
-        except Retry as error:
-            log.warning("node_unreachable", address=address, why=str(error))
-            return [Status.MISS] * len(indices)
-
-    def _read(
-        self,
-        link: Link,
-        keys: Sequence[Key],
-        target: shm.Target,
-        deadline: Deadline,
-        *,
-        verify: bool,
-    ) -> list[Status]:
-        link.open(self.namespace, self.id, deadline.at_s)
-        checked = verify and self.client.checksums
-        if link.shares_memory:
-            copiers = self.client.copiers
-            statuses, damaged = shm.get(
-                link, self.id, keys, target, deadline, copiers, checked=checked
-            )
-        else:
-            statuses, damaged = stream.get(link, self.id, keys, target, deadline, checked=checked)
-        if damaged:
-            names = [keys[index].hex()[:16] for index in damaged]
-            log.error("damaged", node=link.node, keys=names, effect="missed, and reported")
-            request = node_pb2.VerifyRequest(
-                namespace_id=self.id, keys=[keys[index] for index in damaged]
-            )
-            link.call("verify", request, deadline.at_s)
-        return statuses
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbours of a matched prefix that lie in the same place."""
-
-    count: int
-    node: str
-    tier: Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest prefix of the asked keys that the fabric holds."""
-
-    matched: int
-    runs: tuple[Run, ...]
-
-
-class View:
-    """Leased bytes per key: index it, iterate over it; None is a miss."""
-
-    def __init__(self, client: Client, link: Link, held: shm.Held) -> None:
-        self._client = client
-        self._link = link
-        self._lease = held.lease
-        # A shard is sealed: whoever wrote into it would spoil it for all others.
-        self._views = [None if place is None else place.toreadonly() for place in held.places]
-        self.lease_s = held.lease_s
-
-    def add_copy(self, index: int, copy: Bytes | None) -> None:
-        """A private copy for a key that the home node does not hold."""
-        self._views[index] = None if copy is None else copy.data.toreadonly()
-
-    def __len__(self) -> int:
-        return len(self._views)
-
-    def __getitem__(self, index: int) -> memoryview | None:
-        return self._views[index]
-
-    def __iter__(self) -> Iterator[memoryview | None]:
-        return iter(self._views)
-
-    def alive(self) -> bool:
-        """Whether the node still keeps these bytes. Once false, they may be anything."""
-        return self._link.alive()
-
-    def renew(self, lease_s: float = 30.0) -> None:
-        """Prolongs the lease. Refused where it has expired, Unreachable where the node died."""
-        if self._lease:
-            request = node_pb2.RenewRequest(lease=self._lease, lease_ms=milliseconds(lease_s))
-            answer = self._link.call("renew", request, self._client.deadline(None).at_s)
-            self.lease_s = answer.renew_response.lease_ms / 1000
-
-    def release(self) -> None:
-        """Ends the lease. Safe to repeat."""
-        lease, self._lease = self._lease, 0
-        self._views = []
-        if lease:
-            self._link.release(lease)
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-def _batches(count: int) -> list[slice]:
-    """What one call takes after the other; one, where there is nothing."""
-    starts = range(0, count, BATCH_KEYS) or (0,)
-    return [slice(start, min(start + BATCH_KEYS, count)) for start in starts]
-
-
-def _pieces(keys: Sequence[Key], buffers: Sequence[Any], *, writable: bool = False) -> list[Pieces]:
+def _pieces(
+    keys: abc.Sequence[Key], buffers: abc.Sequence[Any], *, writable: bool = False
+) -> list[Pieces]:
     if len(keys) != len(buffers):
         raise Refused(f"{len(keys)} keys with {len(buffers)} buffers; give one per key")
     return [Pieces(buffer, writable=writable) for buffer in buffers]

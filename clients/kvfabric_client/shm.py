@@ -89,11 +89,11 @@ def put(
                 if checked and not SPLIT_CHECKED:
                     writer.fill(shards)
                 else:
-                    _split(shards, writer.fill, total_bytes, copiers)
+                    split(shards, writer.fill, total_bytes, copiers)
                 writer.finish(statuses, reasons)
             finally:
                 writer.forget()
-    except BaseException:  # no thread of ours writes any more: `_split` has waited for them
+    except BaseException:  # no thread of ours writes any more: `split` has waited for them
         abort = node_pb2.AbortRequest(reservation=answer.reservation)
         until_s = deadline.extended().at_s
         with contextlib.suppress(FabricError), link.connection(until_s) as connection:
@@ -217,7 +217,7 @@ def get(
     damaged: list[int] = []
     if not held.lease:
         return statuses, damaged
-    expected = _by_index(held)
+    expected = sums_by_index(held)
     places: list[tuple[int, memoryview, Pieces]] = []
     for index, place in held.found():
         pieces = target(index, len(place))
@@ -234,7 +234,7 @@ def get(
                 damaged.append(index)
 
     try:
-        _split(places, load, sum(len(place) for _, place, _ in places), copiers)
+        split(places, load, sum(len(place) for _, place, _ in places), copiers)
         if not link.alive():
             raise Unreachable(f"node {link.node} went away while its memory was read")
     finally:
@@ -242,7 +242,7 @@ def get(
     return statuses, damaged
 
 
-def _by_index(held: Held) -> dict[int, Sequence[int]]:
+def sums_by_index(held: Held) -> dict[int, Sequence[int]]:
     """The checksum column cut into one piece per found shard."""
     expected: dict[int, Sequence[int]] = {}
     start = 0
@@ -255,7 +255,7 @@ def _by_index(held: Held) -> dict[int, Sequence[int]]:
     return expected
 
 
-def _split(
+def split(
     jobs: Sequence[J], work: Callable[[Sequence[J]], None], size_bytes: int, copiers: Executor
 ) -> None:
     """Does the jobs on two threads where they are large, and returns when both have stopped."""

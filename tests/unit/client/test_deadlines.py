@@ -247,7 +247,7 @@ def test_an_interrupted_copy_waits_for_the_thread_that_copies_with_it() -> None:
     try:
         with ThreadPoolExecutor(1) as copiers:
             with pytest.raises(InterruptedError, match="by a signal"):
-                shm._split([1, 2], work, shm.SPLIT_BYTES, copiers)
+                shm.split([1, 2], work, shm.SPLIT_BYTES, copiers)
             assert done == [1, 2]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,0 +1,262 @@
+"""A sequence at its home node: the calls of its one writer.
+
+A session that has ended took the open blocks along; the sealed ones stay. What to do then
+`sequence` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfabric.checksums import checksums
+from kvfabric.errors import Broken, Conflict, FabricError, Retry, Unreachable
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import BATCH_KEYS, Key, Status
+from kvfabric_client.blocks import BlockShape
+from kvfabric_client.deadline import Deadline, milliseconds
+from kvfabric_client.link import Link
+from kvfabric_client.outline import Piece, Sealed
+from kvfabric_client.tails import Tails
+
+if TYPE_CHECKING:
+    from kvfabric_client.room import Room
+
+EXTEND_WAIT_S = 2.0  # how long a node may look for room on other nodes, within the deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A sequence as its node sees it."""
+
+    length: int
+    epoch: int
+    keys: list[Key]  # of sealed blocks
+    tokens: list[int]  # of each
+    nodes: list[str]  # that has each; empty: none
+    visible: list[int]  # tokens, per layer
+    tails: node_pb2.Tails
+
+
+class Home:
+    """One epoch of one sequence at one node. All of it ends with the session."""
+
+    def __init__(
+        self,
+        room: Room,
+        shape: BlockShape,
+        link: Link,
+        sequence: int,
+        epoch: int,
+        idle_s: float,
+    ) -> None:
+        self.room = room
+        self.shape = shape
+        self.link = link
+        self.sequence = sequence
+        self.epoch = epoch
+        self.idle_s = idle_s
+        self.tails = Tails(link, shape)
+
+    @property
+    def address(self) -> str:
+        return self.link.address
+
+    @property
+    def node(self) -> str:
+        return self.link.node
+
+    def call(self, name: str, request: Any, deadline: Deadline) -> Any:
+        """One call within the session that opened the sequence; Unreachable once that ended."""
+
+        def call(link: Link) -> Any:
+            if link is not self.link:
+                raise Unreachable(f"the session with node {self.node} has ended")
+            answer = link.call(name, request, deadline.at_s)
+            return getattr(answer, f"{name}_response")
+
+        return self.room.client.at(self.address, call, deadline)
+
+    def extend(self, blocks: int, deadline: Deadline) -> str:
+        """Wants so many blocks open in all; answers why there are fewer, if there are."""
+        wait_s = min(EXTEND_WAIT_S, deadline.left_s())
+        request = node_pb2.ExtendRequest(
+            sequence=self.sequence,
+            epoch=self.epoch,
+            blocks=blocks,
+            deadline_ms=milliseconds(wait_s),
+        )
+        answer: node_pb2.ExtendResponse = self.call("extend", request, deadline)
+        self.tails.update(answer.tails, deadline)
+        return answer.reason
+
+    def append(
+        self, start: int, tokens: int, layers: range, pieces: list[Piece], deadline: Deadline
+    ) -> int:
+        """Makes what was written into the pieces visible; answers the length. Repeatable."""
+        request = node_pb2.AppendRequest(
+            sequence=self.sequence, epoch=self.epoch, start=start, first_layer=layers.start
+        )
+        request.layers = 0 if len(layers) == self.shape.layers else len(layers)
+        if not self.tails.shared:
+            for payload in self.tails.payloads(pieces, layers):
+                if request.payload:  # the tokens become visible with the last of it
+                    self.call("append", request, deadline)
+                for name in ("blocks", "offsets", "size_bytes"):
+                    request.ClearField(name)
+                request.blocks.extend(payload.blocks)
+                request.offsets.extend(payload.offsets)
+                request.size_bytes.extend(payload.size_bytes)
+                request.payload = payload.data
+        request.tokens = tokens
+        answer: node_pb2.AppendResponse = self.call("append", request, deadline)
+        return answer.length
+
+    def blank(self, index: int, tokens: int, length: int, deadline: Deadline) -> None:
+        """Clears what follows the first `tokens` of an open block, as a short block has it."""
+        if not self.shape.plain:
+            return  # only whole blocks are there
+        self.shape.look(self.tails.blocks[index])[..., tokens:, :] = 0
+        if not self.tails.shared:
+            rest = Piece(index, tokens, self.shape.block_tokens, length)
+            self.append(length, 0, range(self.shape.layers), [rest], deadline)
+
+    def renew(self, length: int, deadline: Deadline) -> None:
+        """Puts off the idle deadline: appends nothing."""
+        request = node_pb2.AppendRequest(sequence=self.sequence, epoch=self.epoch, start=length)
+        self.call("append", request, deadline)
+
+    def seal(self, blocks: Sequence[Sealed], deadline: Deadline) -> int:
+        """The first open blocks become shards; answers how many. Broken where one is refused."""
+        request = node_pb2.SealRequest(sequence=self.sequence, epoch=self.epoch)
+        request.keys.extend(block.key for block in blocks)
+        if any(block.tokens < self.shape.block_tokens for block in blocks):
+            request.tokens.extend(block.tokens for block in blocks)
+        if self.room.client.checksums:
+            for tail in self.tails.blocks[: len(blocks)]:
+                request.checksums.extend(checksums(tail.data, self.shape.layers))
+        answer: node_pb2.SealResponse = self.call("seal", request, deadline)
+        self.tails.update(answer.tails, deadline)
+        statuses = [Status(status) for status in answer.statuses]
+        good = (Status.OK, Status.EXISTS)
+        sealed = next((i for i, s in enumerate(statuses) if s not in good), len(statuses))
+        if sealed < len(statuses):
+            raise Broken(
+                f"node {self.node} did not seal block {sealed} of {len(statuses)}: "
+                f"{answer.reasons[sealed] or statuses[sealed].name}; close the sequence"
+            )
+        return sealed
+
+    def describe(self, deadline: Deadline, blocks: range | None = None) -> Description:
+        """How it stands, with these of its sealed blocks (None: all), page by page."""
+        first, end = (blocks.start, blocks.stop) if blocks is not None else (0, None)
+        request = node_pb2.DescribeRequest(sequence=self.sequence, first_block=first)
+        said: node_pb2.DescribeResponse = self.call("describe", request, deadline)
+        keys, tokens, places = list(said.keys), list(said.tokens), _places(said)
+        while first + len(keys) < min(said.blocks, said.blocks if end is None else end):
+            request.first_block = first + len(keys)
+            page: node_pb2.DescribeResponse = self.call("describe", request, deadline)
+            if page.epoch != said.epoch or not page.keys:
+                raise Conflict(f"sequence {self.sequence} changed while it was described")
+            keys += page.keys
+            tokens += page.tokens
+            places += _places(page)
+        visible = list(said.visible) or [said.length] * self.shape.layers
+        return Description(
+            said.length, said.epoch, [Key(key) for key in keys], tokens, places, visible, said.tails
+        )
+
+    def fork(
+        self, tokens: int, idle_s: float, deadline: Deadline, *, tentative: bool
+    ) -> tuple[Home, node_pb2.Tails]:
+        request = node_pb2.ForkRequest(
+            sequence=self.sequence,
+            tokens=tokens,
+            tentative=tentative,
+            idle_ms=milliseconds(idle_s),
+        )
+        answer: node_pb2.ForkResponse = self.call("fork", request, deadline)
+        fork = Home(self.room, self.shape, self.link, answer.sequence, answer.epoch, idle_s)
+        return fork, answer.tails
+
+    def accept(self, fork: int, tokens: int, deadline: Deadline) -> node_pb2.AcceptResponse:
+        request = node_pb2.AcceptRequest(
+            sequence=self.sequence, epoch=self.epoch, fork=fork, tokens=tokens
+        )
+        answer: node_pb2.AcceptResponse = self.call("accept", request, deadline)
+        return answer
+
+    def truncate(self, tokens: int, deadline: Deadline) -> node_pb2.TruncateResponse:
+        request = node_pb2.TruncateRequest(sequence=self.sequence, epoch=self.epoch, tokens=tokens)
+        answer: node_pb2.TruncateResponse = self.call("truncate", request, deadline)
+        return answer
+
+    def close(self, deadline: Deadline, *, drop: bool) -> None:
+        request = node_pb2.CloseSequenceRequest(sequence=self.sequence, epoch=self.epoch, drop=drop)
+        self.call("close_sequence", request, deadline)
+
+
+def _places(said: node_pb2.DescribeResponse) -> list[str]:
+    return [said.nodes[place] if place < len(said.nodes) else "" for place in said.place]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What it takes to open a sequence somewhere: a room, and the sealed blocks it begins with."""
+
+    room: Room
+    shape: BlockShape
+    blocks: Sequence[Sealed]
+    idle_s: float
+
+    def at(self, address: str, deadline: Deadline, *, resume: int = 0) -> tuple[Home, int]:
+        """At one node: its writer's side, and the tokens up to the first block that nobody has.
+
+        `resume`: a sequence that this node still has, whose writer had gone, instead of a new one.
+        """
+
+        def call(link: Link) -> tuple[Home, int]:
+            link.open(self.room.namespace, self.room.id, deadline.at_s)
+            answer = link.call("open_sequence", self._request(resume), deadline.at_s)
+            opened = answer.open_sequence_response
+            idle_s = opened.idle_ms / 1000 or self.idle_s
+            home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
+            return home, opened.length
+
+        home, length = self.room.client.at(address, call, deadline)
+        if not resume and length < (self.blocks[-1].end if self.blocks else 0):
+            home.truncate(length, deadline)  # what follows a hole is to be computed again
+        return home, length
+
+    def anywhere(self, deadline: Deadline, *, but: Sequence[str] = ()) -> tuple[Home, int]:
+        """At the first node that takes it, those of this host first. `but`: not at these."""
+        failure: FabricError | None = None
+        for address in self.room.client.addresses(deadline):
+            if address in but:
+                continue
+            try:
+                return self.at(address, deadline)
+            except Retry as error:
+                deadline.check()
+                failure = failure or error
+        raise failure or Unreachable(
+            "no node takes this sequence; start one with `kvfabric up`, or set KVFABRIC_HOME"
+        )
+
+    def _request(self, resume: int) -> node_pb2.OpenSequenceRequest:
+        shape = self.shape
+        request = node_pb2.OpenSequenceRequest(
+            namespace_id=self.room.id,
+            size_bytes=shape.size_bytes,
+            layers=shape.layers,
+            block_tokens=shape.block_tokens,
+            idle_ms=milliseconds(self.idle_s),
+            resume=resume,
+        )
+        if not resume:
+            blocks = self.blocks[:BATCH_KEYS]  # what is more than a call takes is appended again
+            request.keys.extend(block.key for block in blocks)
+            if any(block.tokens < shape.block_tokens for block in blocks):
+                request.tokens.extend(block.tokens for block in blocks)
+        return request

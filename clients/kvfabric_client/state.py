@@ -1,0 +1,134 @@
+"""States: a small value under a name, replaced only by whoever knows the current version.
+
+The value is an immutable shard, so that a reader's snapshot stays what it was; the name's head
+points to it. A state lives at one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfabric.errors import Conflict, Retry
+from kvfabric.keys import content_key
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import DIGEST_BYTES, Key, Status
+from kvfabric_client.buffers import Bytes, flat
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.link import Link
+
+if TYPE_CHECKING:
+    from kvfabric_client.room import Room
+
+MAX_TRIES = 16  # of an update, against other writers
+
+
+class StateConflict(Conflict):
+    """Somebody else was first. `version` and `key` are the state's now."""
+
+    def __init__(self, name: bytes, expected: int, version: int, key: Key) -> None:
+        super().__init__(
+            f"state {name.hex()[:16]} is at version {version}, not {expected}; read it again"
+        )
+        self.version = version
+        self.key = key
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state at one version. Version 0: there is none yet, `value` is None."""
+
+    version: int
+    key: Key
+    value: Bytes | None
+
+
+class State:
+    """Made by `Room.state`. Thread-safe: it holds nothing but the name."""
+
+    def __init__(self, room: Room, name: str | bytes, at: str = "") -> None:
+        """A text, or bytes that are not 32, are hashed within the namespace."""
+        raw = name.encode() if isinstance(name, str) else name
+        hashed = isinstance(name, str) or len(raw) != DIGEST_BYTES
+        self.name: bytes = content_key(room.id, raw) if hashed else raw
+        self._room = room
+        self._at = at
+
+    def version(self, *, timeout_s: float | None = None) -> tuple[int, Key]:
+        """(version, key of its shard); (0, b"") where there is none."""
+        answer = self._read(self._room.client.deadline(timeout_s))
+        return answer.version, Key(answer.key)
+
+    def get(self, *, timeout_s: float | None = None) -> Snapshot:
+        """The current value, in memory of its own. Retry where its shard is lost."""
+        deadline = self._room.client.deadline(timeout_s)
+        for _ in range(MAX_TRIES):
+            head = self._read(deadline)
+            if not head.key:
+                return Snapshot(head.version, Key(b""), None)
+            left_s = deadline.left_s()
+            (value,) = self._room.get([Key(head.key)], at=self._at, timeout_s=left_s)
+            if value is not None:
+                return Snapshot(head.version, Key(head.key), value)
+            if self._read(deadline).version == head.version:
+                break  # else it was replaced meanwhile
+        raise Retry(f"the value of state {self.name.hex()[:16]} is lost; put it again")
+
+    def swap(self, expected: int, key: Key | None, *, timeout_s: float | None = None) -> int:
+        """Points the name to another shard of its node (None: removes it) if its version is the
+        one expected (0: there is none yet); answers the new one. StateConflict otherwise."""
+        request = node_pb2.SwapStateRequest(
+            namespace_id=self._room.id, name=self.name, expected_version=expected, key=key or b""
+        )
+        answer: node_pb2.SwapStateResponse = self._call(
+            "swap_state", request, self._room.client.deadline(timeout_s)
+        )
+        if not answer.swapped:
+            raise StateConflict(self.name, expected, answer.version, Key(answer.key))
+        return answer.version
+
+    def put(
+        self, value: Any, *, expected: int, layers: int = 1, timeout_s: float | None = None
+    ) -> int:
+        """Stores bytes as a shard that is named by its content, and swaps the head to it.
+
+        Answers the new version. Retry where there is no room for it.
+        """
+        deadline = self._room.client.deadline(timeout_s)
+        content = flat(value)
+        key = content_key(self._room.id, content.data)
+        (status,) = self._room.put(
+            [key], [content], layers=layers, at=self._at, timeout_s=deadline.left_s()
+        )
+        if status not in (Status.OK, Status.EXISTS):
+            raise Retry(f"{len(content)} bytes of a state were not stored: {status.name}")
+        return self.swap(expected, key, timeout_s=deadline.left_s())
+
+    def update(
+        self, change: Callable[[Bytes | None], Any], *, timeout_s: float | None = None
+    ) -> int:
+        """Reads, changes and puts, again after each conflict; answers the new version."""
+        deadline = self._room.client.deadline(timeout_s)
+        for _ in range(MAX_TRIES):
+            now = self.get(timeout_s=deadline.left_s())
+            try:
+                fresh = change(now.value)
+                return self.put(fresh, expected=now.version, timeout_s=deadline.left_s())
+            except StateConflict:
+                deadline.check()
+        raise Retry(f"state {self.name.hex()[:16]} was changed by others {MAX_TRIES} times")
+
+    def _read(self, deadline: Deadline) -> node_pb2.ReadStateResponse:
+        request = node_pb2.ReadStateRequest(namespace_id=self._room.id, name=self.name)
+        answer: node_pb2.ReadStateResponse = self._call("read_state", request, deadline)
+        return answer
+
+    def _call(self, name: str, request: Any, deadline: Deadline) -> Any:
+        room = self._room
+
+        def call(link: Link) -> Any:
+            link.open(room.namespace, room.id, deadline.at_s)
+            return getattr(link.call(name, request, deadline.at_s), f"{name}_response")
+
+        return room.with_node(self._at, call, deadline)
