@@ -122,7 +122,7 @@ class MemoryNode(Child):
     """A node without manager and without Ray."""
 
     def __init__(self, log: Path, folder: Path, memory: str = "256MiB") -> None:
-        command = ["-m", "kvfabric_nodes", "--node", "n0", "--memory", memory]
+        command = ["-m", "kvfabric_nodes", "--node", "n0", "--memory", memory, "--keeper", "false"]
         super().__init__([*command, "--runtime-dir", str(folder)], log)
         endpoints = self.read(START_TIMEOUT_S)
         self.home = f"unix:{endpoints['unix_path']}"

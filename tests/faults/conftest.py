@@ -227,7 +227,9 @@ class NodeProcess(Process):
         self.folder = folder
         command = ["-m", "kvfabric_nodes", "--node", name, "--runtime-dir", str(folder)]
         log = folder / f"{name}.log"
-        super().__init__([*command, *options], log, files=files, failpoint=failpoint)
+        # A killed node's keeper would stay, and its shards come back: only where that is tested.
+        keeper = () if "--keeper" in options else ("--keeper", "false")
+        super().__init__([*command, *options, *keeper], log, files=files, failpoint=failpoint)
         self.line: dict[str, Any] = {}
         self.guests = 0  # sessions over gRPC: these end by silence alone...
         self.settles = True  # ... and with them what they hold
