@@ -17,18 +17,18 @@ from kvfabric_nodes.steps import Steps
 
 DEFAULT_LIFE_S = 600.0  # of a group
 
-Find = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[str]]]
-"""A node that has each of these keys; empty: none, as far as the manager knows."""
+Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ...]] | None]]
+"""The nodes that hold each of these keys; None: the manager does not answer."""
 
 
 class GroupCalls:
-    """See the module. `find` asks the manager; None: there is none to ask."""
+    """See the module. `places` asks the manager; None: there is none to ask."""
 
     def __init__(self, handler: Handler, groups: Groups, states: States, steps: Steps) -> None:
         self.groups = groups
         self.states = states
         self.steps = steps
-        self.find: Find | None = None
+        self.places: Places | None = None
         self._handler = handler
         self._core = handler.core
 
@@ -59,16 +59,25 @@ class GroupCalls:
         response.shared.extend(indices)
         response.life_ms = int(life_s * 1000)
         absent = [key for key in common if key not in group.found]
-        if absent and self.find is not None:
-            return self._find_elsewhere(self.find, group, absent, response)
+        if absent and self.places is not None:
+            return self._find_elsewhere(self.places, group, absent, response)
         self._put_places(group, {}, response)
         return None
 
     async def _find_elsewhere(
-        self, find: Find, group: Group, absent: list[Key], response: node_pb2.OpenGroupResponse
+        self,
+        places: Places,
+        group: Group,
+        absent: list[Key],
+        response: node_pb2.OpenGroupResponse,
     ) -> None:
-        names = await find(group.namespace, absent)
-        self._put_places(group, dict(zip(absent, names, strict=False)), response)
+        found = await places(group.namespace, absent) or ()
+        own = self._handler.identity.node  # the manager's word may be a little old
+        elsewhere = {
+            key: next((node for node in nodes if node != own), "")
+            for key, nodes in zip(absent, found, strict=False)
+        }
+        self._put_places(group, elsewhere, response)
 
     def _put_places(
         self, group: Group, elsewhere: Mapping[Key, str], response: node_pb2.OpenGroupResponse
@@ -76,11 +85,9 @@ class GroupCalls:
         room, own = self._core.shards.room(group.namespace), self._handler.identity.node
         for key in group.keys:
             node = own if key in room else elsewhere.get(key, "")
-            here = key in room
-            miss = node in ("", own) and not here  # the manager's word may be a little old
-            status = Status.OK if here else Status.MISS if miss else Status.EXISTS
-            response.statuses.append(status)
-            response.nodes.append("" if miss else node)
+            here = Status.OK if key in room else Status.EXISTS
+            response.statuses.append(here if node else Status.MISS)
+            response.nodes.append(node)
 
     def close_group(
         self,

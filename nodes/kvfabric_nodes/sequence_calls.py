@@ -8,61 +8,42 @@ have ended or found another writer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any
 
 from kvfabric import checksums
-from kvfabric.errors import Conflict, Denied, Refused, Retry
+from kvfabric.errors import Conflict, Denied, Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.extents import Extent
 from kvfabric_nodes.filling import Fill
 from kvfabric_nodes.handler import (
     INLINE_VERIFY_BYTES,
     MAX_LAYERS,
     Call,
     Handler,
-    MakeRoom,
     checked_keys,
     seconds,
 )
 from kvfabric_nodes.promises import Session
-from kvfabric_nodes.sequence import Block, Cut, OpenSequence, Shape
+from kvfabric_nodes.sequence import Block, OpenSequence, Shape
+from kvfabric_nodes.sequence_cuts import CutCalls
+from kvfabric_nodes.sequence_room import SequenceRoom, put_tails
 from kvfabric_nodes.sequences import Sequences
 
 MAX_APPEND_BYTES = 512 << 10  # of an append's payload
 MAX_APPEND_PIECES = 8192
 DESCRIBED_BLOCKS = 8192  # in one answer
-CUT_WAIT_S = 5.0  # how long a fork or a truncation may look for room, or for the block it cuts
-ATTEMPTS = 64  # of one call, each after it was told that there is room now
-
-FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
-"""Brings shards from other nodes here, as far as it can; answers when it is done."""
-
-Whereabouts = Callable[[NamespaceId, Key], str | None]
-"""The node that a key was lent to; None: it is not on loan."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lack:
-    """What a call would need first: room for a block, or a block that lies elsewhere."""
-
-    reason: str
-    session: Session
-    sequence: OpenSequence
-    key: Key | None = None
+ATTEMPTS = 64  # of one extend, each after it was told that there is room now
 
 
 class SequenceCalls:
-    """See the module. `make_room`, `fetch_home` and `whereabouts` are lending's, where it is on."""
+    """See the module. `room` is where lending takes part, where it is on."""
 
     def __init__(self, handler: Handler, sequences: Sequences, verifier: Executor) -> None:
         self.sequences = sequences
-        self.make_room: MakeRoom | None = None
-        self.fetch_home: FetchHome | None = None
-        self.whereabouts: Whereabouts = lambda namespace, key: None
+        self.room = SequenceRoom(handler, sequences)
+        self._cuts = CutCalls(handler, self.room)
         self._handler = handler
         self._core = handler.core
         self._verifier = verifier
@@ -74,9 +55,7 @@ class SequenceCalls:
             "extend": self.extend,
             "append": self.append,
             "seal": self.seal,
-            "fork": self.fork,
-            "accept": self.accept,
-            "truncate": self.truncate,
+            **self._cuts.calls(),
             "close_sequence": self.close_sequence,
             "describe": self.describe,
         }
@@ -186,8 +165,8 @@ class SequenceCalls:
         response: node_pb2.ExtendResponse,
     ) -> Coroutine[Any, Any, None] | None:
         sequence = self._writer(session, request)
-        lacking, reason = self._open_blocks(sequence, request.blocks)
-        if lacking and self.make_room is not None:
+        lacking, reason = self.room.open_blocks(sequence, request.blocks)
+        if lacking and self.room.make_room is not None:
             return self._extend_later(session, request, response)
         response.reason = reason
         put_tails(response.tails, sequence)
@@ -204,35 +183,13 @@ class SequenceCalls:
         seeking = True
         for _ in range(ATTEMPTS):
             sequence = self._writer(session, request)
-            lacking, reason = self._open_blocks(sequence, request.blocks)
+            lacking, reason = self.room.open_blocks(sequence, request.blocks)
             left_s = deadline_s - self._now()
             if not (seeking and lacking and left_s > 0):
                 break
-            seeking = await self._seek_room(sequence, session, lacking, left_s)
+            seeking = await self.room.seek(sequence, session.tenant, lacking, left_s)
         response.reason = reason
         put_tails(response.tails, sequence)
-
-    def _open_blocks(self, sequence: OpenSequence, blocks: int) -> tuple[int, str]:
-        """Opens blocks as `Sequences.extend`; whoever cannot see them must know what is in them."""
-        before = len(sequence.tails)
-        answer = self.sequences.extend(sequence, blocks, self._now())
-        self._handler.renew_memory()
-        if sequence.session is not None and not sequence.session.shares_memory:
-            for tail in sequence.tails[before:]:
-                self._view(tail.extent, sequence.shape)[:] = bytes(sequence.shape.size_bytes)
-        return answer
-
-    async def _seek_room(
-        self, sequence: OpenSequence, session: Session, blocks: int, within_s: float
-    ) -> bool:
-        """Whether room came free; the sequence does not end for idleness meanwhile."""
-        if self.make_room is None:
-            return False
-        sequence.calls += 1
-        try:
-            return await self.make_room(session.tenant, sequence.shape.size_bytes, blocks, within_s)
-        finally:
-            sequence.calls -= 1
 
     def append(
         self,
@@ -279,7 +236,7 @@ class SequenceCalls:
                     f"{len(sequence.tails)}, of {size_bytes} bytes; extend first"
                 )
             tail = sequence.tails[block]
-            views.append(self._view(tail.extent, sequence.shape)[start : start + length])
+            views.append(self.room.view(tail.extent, sequence.shape)[start : start + length])
         return views
 
     def seal(
@@ -335,7 +292,7 @@ class SequenceCalls:
         return [
             Fill(
                 index,
-                self._view(tail.extent, shape),
+                self.room.view(tail.extent, shape),
                 shape.layers,
                 sums[index * parts : (index + 1) * parts],
             )
@@ -365,152 +322,6 @@ class SequenceCalls:
         response.statuses.extend([Status.REFUSED] * (len(keys) - len(response.statuses)))
         put_tails(response.tails, sequence)
 
-    # Forks --------------------------------------------------------------------------
-
-    def fork(
-        self, session: Session, request: node_pb2.ForkRequest, response: node_pb2.ForkResponse
-    ) -> Coroutine[Any, Any, None] | None:
-        return self._now_or_later(lambda: self._fork(session, request, response))
-
-    def _fork(
-        self, session: Session, request: node_pb2.ForkRequest, response: node_pb2.ForkResponse
-    ) -> Lack | None:
-        parent = self.sequences.find(session, request.sequence, self._now())
-        cut = parent.cut(request.tokens)
-        source = self._source(session, parent, cut)
-        if isinstance(source, Lack):
-            return source
-        idle_s = request.idle_ms / 1000 or parent.idle_s
-        fork = self.sequences.fork(
-            session, parent, cut.blocks, idle_s, self._now(), tentative=request.tentative
-        )
-        if source is not None:
-            lacking, reason = self._open_blocks(fork, 1)
-            if not fork.tails:
-                self.sequences.end(fork, self._now(), let_go=True)
-                if not lacking:
-                    raise Refused(f"{reason}; accept one of them first")
-                return Lack(reason, session, parent)
-            self._copy(source, fork.tails[0].extent, fork.shape)
-            fork.append(cut.start, cut.rest, 0, fork.shape.layers)
-        response.sequence = fork.id
-        response.epoch = fork.epoch
-        put_tails(response.tails, fork)
-        return None
-
-    def accept(
-        self, session: Session, request: node_pb2.AcceptRequest, response: node_pb2.AcceptResponse
-    ) -> Coroutine[Any, Any, None] | None:
-        return self._now_or_later(lambda: self._accept(session, request, response))
-
-    def _accept(
-        self, session: Session, request: node_pb2.AcceptRequest, response: node_pb2.AcceptResponse
-    ) -> Lack | None:
-        parent = self._writer(session, request)
-        taken = parent.forks.get(request.fork, parent)
-        if taken is not parent or not request.fork:
-            lack = self._cut_off(session, taken, request.tokens)
-            if lack is not None:
-                return lack
-        self.sequences.accept(parent, request.fork, request.tokens, self._now())
-        response.length = parent.length
-        put_tails(response.tails, parent)
-        return None
-
-    def truncate(
-        self,
-        session: Session,
-        request: node_pb2.TruncateRequest,
-        response: node_pb2.TruncateResponse,
-    ) -> Coroutine[Any, Any, None] | None:
-        return self._now_or_later(lambda: self._truncate(session, request, response))
-
-    def _truncate(
-        self,
-        session: Session,
-        request: node_pb2.TruncateRequest,
-        response: node_pb2.TruncateResponse,
-    ) -> Lack | None:
-        sequence = self._writer(session, request)
-        lack = self._cut_off(session, sequence, request.tokens)
-        if lack is None:
-            response.length = sequence.length
-            put_tails(response.tails, sequence)
-        return lack
-
-    def _cut_off(self, session: Session, sequence: OpenSequence, tokens: int) -> Lack | None:
-        """Truncates; what is left of a sealed block lies in an open one then."""
-        cut = sequence.cut(tokens)
-        if cut.block is not None:
-            source = self._source(session, sequence, cut)
-            if isinstance(source, Lack):
-                return source
-            assert source is not None
-            lacking, reason = self._open_blocks(sequence, 1)
-            if not sequence.tails:
-                if not lacking:
-                    raise Refused(f"{reason}; accept one of them first")
-                return Lack(reason, session, sequence)
-            self._copy(source, sequence.tails[0].extent, sequence.shape)
-        self.sequences.truncate(sequence, tokens, self._now())
-        return None
-
-    def _source(self, session: Session, sequence: OpenSequence, cut: Cut) -> Extent | Lack | None:
-        """The extent of the block that is cut; None: none is."""
-        if not cut.rest:
-            return None
-        if cut.block is None:
-            if cut.rest > sequence.shape.block_tokens:
-                raise Refused(
-                    f"{cut.rest} tokens lie in open blocks, of which a fork copies at most one; "
-                    "seal the full ones first"
-                )
-            return sequence.tails[0].extent
-        shard = self._core.shards.get(sequence.namespace, cut.block.key)
-        if shard is not None:
-            return shard.extent
-        where = self._place(sequence.namespace, cut.block)
-        tokens = f"tokens {cut.start} to {cut.start + cut.block.tokens - 1}"
-        if not where:
-            raise Refused(f"the block of {tokens} is lost; cut at its begin, or store it again")
-        reason = f"the block of {tokens} lies on node {where} and has to come home to be cut"
-        return Lack(reason, session, sequence, cut.block.key)
-
-    def _copy(self, source: Extent, target: Extent, shape: Shape) -> None:
-        self._view(target, shape)[:] = self._view(source, shape)
-
-    def _now_or_later(self, attempt: Callable[[], Lack | None]) -> Coroutine[Any, Any, None] | None:
-        lack = attempt()
-        return None if lack is None else self._later(attempt, lack)
-
-    async def _later(self, attempt: Callable[[], Lack | None], lack: Lack) -> None:
-        """Sees to what is lacking, and tries again."""
-        deadline_s = self._now() + CUT_WAIT_S
-        for _ in range(ATTEMPTS):
-            left_s = deadline_s - self._now()
-            if left_s <= 0 or not await self._see_to(lack, left_s):
-                break
-            again = attempt()
-            if again is None:
-                return
-            lack = again
-        raise Retry(f"{lack.reason}; cut between blocks, or try again")
-
-    async def _see_to(self, lack: Lack, within_s: float) -> bool:
-        """Whether it is worth another attempt."""
-        if lack.key is None:
-            return await self._seek_room(lack.sequence, lack.session, 1, within_s)
-        if self.fetch_home is None:
-            return False
-        lack.sequence.calls += 1
-        try:
-            await asyncio.wait_for(self.fetch_home(lack.sequence.namespace, [lack.key]), within_s)
-        except TimeoutError:
-            return False
-        finally:
-            lack.sequence.calls -= 1
-        return self._core.shards.get(lack.sequence.namespace, lack.key) is not None
-
     # Telling ------------------------------------------------------------------------
 
     def describe(
@@ -526,7 +337,7 @@ class SequenceCalls:
         response.blocks = len(sequence.blocks)
         first = request.first_block
         told = sequence.blocks[first : first + DESCRIBED_BLOCKS]
-        names = [self._place(sequence.namespace, block) for block in told]
+        names = [self.room.place(sequence.namespace, block) for block in told]
         nodes = {name: index for index, name in enumerate(dict.fromkeys(filter(None, names)))}
         response.keys.extend([block.key for block in told])
         response.tokens.extend([block.tokens for block in told])
@@ -536,12 +347,6 @@ class SequenceCalls:
             response.visible.extend(map(sequence.visible, range(sequence.shape.layers)))
         put_tails(response.tails, sequence)
 
-    def _place(self, namespace: NamespaceId, block: Block) -> str:
-        """The node that has this block, as far as this one knows; empty: none."""
-        if self._core.shards.get(namespace, block.key) is not None:
-            return self._handler.identity.node
-        return self.whereabouts(namespace, block.key) or block.seen_at
-
     # Inside -------------------------------------------------------------------------
 
     def _now(self) -> float:
@@ -549,9 +354,6 @@ class SequenceCalls:
 
     def _writer(self, session: Session, request: Any) -> OpenSequence:
         return self.sequences.writer(session, request.sequence, request.epoch, self._now())
-
-    def _view(self, extent: Extent, shape: Shape) -> memoryview:
-        return self._handler.arena.view(extent.segment, extent.offset, shape.size_bytes)
 
 
 def _shape(request: node_pb2.OpenSequenceRequest, segment_bytes: int) -> Shape:
@@ -563,12 +365,3 @@ def _shape(request: node_pb2.OpenSequenceRequest, segment_bytes: int) -> Shape:
     if request.size_bytes <= segment_bytes:  # else the core refuses it
         checksums.parts(request.size_bytes, layers)  # refuses what cannot be cut
     return Shape(request.size_bytes, layers, request.block_tokens)
-
-
-def put_tails(tails: node_pb2.Tails, sequence: OpenSequence) -> None:
-    """The open blocks, in order."""
-    extents = [tail.extent for tail in sequence.tails]
-    tails.segments.extend([extent.segment for extent in extents])
-    tails.offsets.extend([extent.offset for extent in extents])
-    tails.generations.extend([extent.generation for extent in extents])
-    tails.first_token = sequence.sealed

@@ -8,7 +8,6 @@ touches bytes: a caller copies what a fork or a truncation cuts, and verifies wh
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,7 @@ from kvfabric_nodes.extents import Pool
 from kvfabric_nodes.promises import Grant, Session
 from kvfabric_nodes.sequence import Block, OpenSequence, Shape, Tail
 from kvfabric_nodes.shards import Shard
-
-Name = tuple[NamespaceId, Key]
+from kvfabric_nodes.sharing import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +48,10 @@ class Sequences:
         self.core = core
         self.limits = limits or SequenceLimits()
         self.all: dict[int, OpenSequence] = {}
-        self.sharers: dict[Name, dict[OpenSequence, None]] = {}  # who has which block
+        self.sharing = Sharing(core)
         self._of_session: dict[int, dict[int, OpenSequence]] = {}
         self._idle: list[tuple[float, int]] = []  # when to look whether it has ended
         self._next_id = first_id
-        core.on_sealed.append(self._came)
-        core.on_dropped.append(self._went)
         core.on_closed.append(self._session_ended)
 
     # Begin and end ------------------------------------------------------------------
@@ -110,7 +106,7 @@ class Sequences:
         self._of_session.setdefault(session.id, {})[sequence.id] = sequence
         self._watch(sequence)
         for block in blocks:
-            self._take(sequence, block)
+            self.sharing.take(sequence, block)
         sequence.length = sequence.sealed
         if root is not None:
             root.forks[sequence.id] = sequence
@@ -172,7 +168,7 @@ class Sequences:
             self.end(fork, now_s, let_go=let_go)
         self._shed(sequence, 0, let_go=let_go)
         keys = [block.key for block in sequence.blocks]
-        self._leave(sequence, 0, now_s)
+        self.sharing.leave(sequence, 0, now_s)
         if sequence.root is not None:
             del sequence.root.forks[sequence.id]
         del self.all[sequence.id]
@@ -250,7 +246,7 @@ class Sequences:
             raise Refused("a tentative fork seals nothing; have its parent accept it first")
         counts = sequence.sealable(keys, tokens)
         for key in keys:
-            if sequence in self.sharers.get((sequence.namespace, key), ()):
+            if self.sharing.has(sequence, key):
                 raise Refused(f"the sequence has key {key.hex()[:16]} already")
         if len(sequence.blocks) + len(keys) > self.limits.blocks:
             raise Refused(f"a sequence has at most {self.limits.blocks} sealed blocks")
@@ -271,7 +267,7 @@ class Sequences:
         grant = self.core.seal(tail.reservation, tail.index, checksums, now_s)
         assert grant.status in (Status.OK, Status.EXISTS)
         del sequence.tails[0]
-        self._take(sequence, Block(key, tokens))
+        self.sharing.take(sequence, Block(key, tokens))
         return grant
 
     # Forks --------------------------------------------------------------------------
@@ -325,9 +321,9 @@ class Sequences:
             if ours.key != theirs.key:
                 break
             common += 1
-        self._leave(parent, common, now_s)
+        self.sharing.leave(parent, common, now_s)
         for block in fork.blocks[common:]:
-            self._take(parent, block)
+            self.sharing.take(parent, block)
         parent.tails, fork.tails = fork.tails, []
         for tail in parent.tails:
             tail.reservation.sequence = parent.id
@@ -340,7 +336,7 @@ class Sequences:
         A sealed block that is cut must lie, copied, in the first open block.
         """
         cut = sequence.cut(tokens)
-        self._leave(sequence, cut.blocks, now_s)
+        self.sharing.leave(sequence, cut.blocks, now_s)
         self._shed(sequence, -(-cut.rest // sequence.shape.block_tokens), let_go=True)
         sequence.length, sequence.ahead = tokens, {}
 
@@ -357,21 +353,13 @@ class Sequences:
         one = self.all.get(sequence_id)
         chosen = self.all.values() if not sequence_id else [one] if one else []
         return sequence_views.victims(
-            chosen, self.sharers, self.core.shards, pool, size_bytes, skip
+            chosen, self.sharing.sharers, self.core.shards, pool, size_bytes, skip
         )
 
     def columns(self) -> control_pb2.Sequences:
         return sequence_views.columns(self.all.values())
 
     # What happens elsewhere ---------------------------------------------------------
-
-    def _came(self, shard: Shard, now_s: float) -> None:
-        for sequence in self.sharers.get((shard.namespace, shard.key), ()):
-            sequence.away -= 1
-
-    def _went(self, shard: Shard, why: str, now_s: float) -> None:
-        for sequence in self.sharers.get((shard.namespace, shard.key), ()):
-            sequence.away += 1
 
     def _session_ended(self, session: Session, now_s: float) -> None:
         for sequence in list(self._of_session.get(session.id, {}).values()):
@@ -405,30 +393,6 @@ class Sequences:
 
     # Inside -------------------------------------------------------------------------
 
-    def _take(self, sequence: OpenSequence, block: Block) -> None:
-        """Another sealed block at the end."""
-        name = (sequence.namespace, block.key)
-        sharers = self.sharers.setdefault(name, {})
-        assert sequence not in sharers
-        sharers[sequence] = None
-        self.core.shards.claim(*name)
-        sequence.away += self.core.shards.get(*name) is None
-        sequence.ends.append(sequence.sealed + block.tokens)
-        sequence.blocks.append(block)
-
-    def _leave(self, sequence: OpenSequence, kept: int, now_s: float) -> None:
-        """Only the first sealed blocks stay the sequence's."""
-        gone = sequence.blocks[kept:]
-        del sequence.blocks[kept:], sequence.ends[kept:]
-        for block in reversed(gone):
-            name = (sequence.namespace, block.key)
-            sharers = self.sharers[name]
-            del sharers[sequence]
-            if not sharers:
-                del self.sharers[name]
-            sequence.away -= self.core.shards.get(*name) is None
-            self.core.end_of_claim(*name, now_s)
-
     def _shed(self, sequence: OpenSequence, kept: int, *, let_go: bool) -> None:
         """Only the first open blocks stay the sequence's."""
         gone = sequence.tails[kept:]
@@ -440,24 +404,13 @@ class Sequences:
                 assert not kept, "a promise ends for all open blocks"
                 self.core.end_tails(tail.reservation)
 
-    def claims(self) -> Counter[Name]:
-        """How many sequences claim each key."""
-        return Counter({name: len(sharers) for name, sharers in self.sharers.items()})
-
     def check(self) -> None:
         """Asserts that sequences, claims and reservations agree."""
-        sharers: dict[Name, set[OpenSequence]] = {}
+        self.sharing.check(self.all.values())
         tails: set[tuple[int, int]] = set()
         for sequence_id, sequence in self.all.items():
             assert sequence.id == sequence_id
             sequence.check()
-            away = 0
-            for block in sequence.blocks:
-                name = (sequence.namespace, block.key)
-                assert sequence not in sharers.setdefault(name, set())
-                sharers[name].add(sequence)
-                away += self.core.shards.get(*name) is None
-            assert sequence.away == away
             for tail in sequence.tails:
                 assert (tail.reservation.id, tail.index) not in tails
                 tails.add((tail.reservation.id, tail.index))
@@ -469,8 +422,6 @@ class Sequences:
             assert len(sequence.forks) <= self.limits.forks
             held = sum(len(fork.tails) for fork in sequence.forks.values())
             assert held <= self.limits.tentative_blocks
-        assert {name: set(s) for name, s in self.sharers.items()} == sharers
-        assert all(self.core.shards.claims(*name) >= len(s) for name, s in sharers.items())
         assert tails == {
             (reservation.id, index)
             for session in self.core.sessions.values()

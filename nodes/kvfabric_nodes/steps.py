@@ -14,7 +14,7 @@ class Steps:
     """Sums over all steps since the last `take`."""
 
     def __init__(self) -> None:
-        self._sums = control_pb2.StepSums()
+        self._sums: control_pb2.StepSums | None = None
 
     def add(self, report: node_pb2.ReportStepsRequest) -> None:
         """Takes one call's steps in. Refused, with nothing taken, where one is no measurement."""
@@ -27,7 +27,7 @@ class Steps:
             raise Refused(f"{len(report.batch)} steps in one call; the limit is {REPORTED_STEPS}")
         if not all(math.isfinite(s) and s >= 0 for s in report.seconds):
             raise Refused("a step took a time that is negative or not finite")
-        sums = self._sums
+        sums = self._sums = self._sums or control_pb2.StepSums()
         for batch, tokens, seconds in zip(report.batch, report.tokens, report.seconds, strict=True):
             sums.steps += 1
             sums.batch += batch
@@ -41,8 +41,7 @@ class Steps:
             sums.last_batch = batch
         sums.waiting = report.waiting
 
-    def take(self) -> control_pb2.StepSums:
-        """The sums; they start anew, but for what tells of now (`waiting`, `last_batch`)."""
-        taken = self._sums
-        self._sums = control_pb2.StepSums(waiting=taken.waiting, last_batch=taken.last_batch)
+    def take(self) -> control_pb2.StepSums | None:
+        """The sums, which start anew; None: no engine has told of anything since."""
+        taken, self._sums = self._sums, None
         return taken

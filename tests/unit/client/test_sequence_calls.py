@@ -1,4 +1,4 @@
-"""Calls on sequences, groups and states of a real node: by frames with shared memory, and by gRPC."""
+"""Calls on sequences, groups and states of a real node, as frames and by gRPC."""
 
 from __future__ import annotations
 
@@ -272,8 +272,9 @@ def test_steps_are_summed_for_the_next_heartbeat(node: Node, link: Any) -> None:
     link.call("ReportSteps", request)
 
     sums = node.steps.take()
+    assert sums is not None
     assert (sums.steps, sums.batch, sums.tokens, sums.seconds) == (2, 6, 400, 1.5)
     assert (sums.batch_batch, sums.batch_tokens, sums.tokens_tokens) == (20, 1400, 100_000)
     assert (sums.batch_seconds, sums.tokens_seconds) == (5, 350)
     assert (sums.waiting, sums.last_batch) == (7, 4)
-    assert node.steps.take().steps == 0
+    assert node.steps.take() is None

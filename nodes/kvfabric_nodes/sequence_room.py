@@ -1,0 +1,89 @@
+"""Room for open blocks, and blocks that come home: what the calls on sequences wait for.
+
+Here bytes are copied and zeroed, and lending is asked, where it is on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import Key, NamespaceId
+from kvfabric_nodes.extents import Extent
+from kvfabric_nodes.handler import Handler, MakeRoom
+from kvfabric_nodes.sequence import Block, OpenSequence, Shape
+from kvfabric_nodes.sequences import Sequences
+
+FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
+"""Brings shards from other nodes here, as far as it can; answers when it is done."""
+
+Whereabouts = Callable[[NamespaceId, Key], str | None]
+"""The node that a key was lent to; None: it is not on loan."""
+
+
+class SequenceRoom:
+    """See the module. `make_room`, `fetch_home` and `whereabouts` are lending's."""
+
+    def __init__(self, handler: Handler, sequences: Sequences) -> None:
+        self.sequences = sequences
+        self.make_room: MakeRoom | None = None
+        self.fetch_home: FetchHome | None = None
+        self.whereabouts: Whereabouts = lambda namespace, key: None
+        self._handler = handler
+
+    def open_blocks(self, sequence: OpenSequence, blocks: int) -> tuple[int, str]:
+        """Opens blocks as `Sequences.extend`; whoever cannot see them must know what is in them."""
+        before = len(sequence.tails)
+        answer = self.sequences.extend(sequence, blocks, self._handler.clock.now())
+        self._handler.renew_memory()
+        if sequence.session is not None and not sequence.session.shares_memory:
+            for tail in sequence.tails[before:]:
+                self.view(tail.extent, sequence.shape)[:] = bytes(sequence.shape.size_bytes)
+        return answer
+
+    async def seek(self, sequence: OpenSequence, tenant: str, blocks: int, within_s: float) -> bool:
+        """Whether room came free; the sequence does not end for idleness meanwhile."""
+        if self.make_room is None:
+            return False
+        sequence.calls += 1
+        try:
+            return await self.make_room(tenant, sequence.shape.size_bytes, blocks, within_s)
+        finally:
+            sequence.calls -= 1
+
+    async def bring_home(self, sequence: OpenSequence, key: Key, within_s: float) -> bool:
+        """Whether the block is here then."""
+        if self.fetch_home is None:
+            return False
+        sequence.calls += 1
+        try:
+            await asyncio.wait_for(self.fetch_home(sequence.namespace, [key]), within_s)
+        except TimeoutError:
+            return False
+        finally:
+            sequence.calls -= 1
+        return self._handler.core.shards.get(sequence.namespace, key) is not None
+
+    def place(self, namespace: NamespaceId, block: Block) -> str:
+        """The node that has this block, as far as this one knows; empty: none."""
+        if self._handler.core.shards.get(namespace, block.key) is not None:
+            return self._handler.identity.node
+        return self.whereabouts(namespace, block.key) or block.seen_at
+
+    def view(self, extent: Extent, shape: Shape) -> memoryview:
+        return self._handler.arena.view(extent.segment, extent.offset, shape.size_bytes)
+
+    def copy(self, source: Extent, target: Extent, shape: Shape) -> None:
+        """A whole block: where in it a token's bytes are, its packing knows."""
+        self.view(target, shape)[:] = self.view(source, shape)
+
+
+def put_tails(tails: node_pb2.Tails, sequence: OpenSequence) -> None:
+    """The open blocks, in order."""
+    extents = [tail.extent for tail in sequence.tails]
+    tails.segments.extend([extent.segment for extent in extents])
+    tails.offsets.extend([extent.offset for extent in extents])
+    tails.generations.extend([extent.generation for extent in extents])
+    tails.first_token = sequence.sealed
