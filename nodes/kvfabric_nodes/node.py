@@ -33,12 +33,9 @@ from kvfabric_nodes.group_calls import GroupCalls
 from kvfabric_nodes.groups import Groups
 from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
 from kvfabric_nodes.handler import Handler, Identity
-from kvfabric_nodes.heartbeat import Heartbeat
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
-from kvfabric_nodes.peers import Peers
-from kvfabric_nodes.puller import Puller
-from kvfabric_nodes.pulls import PullLimits
+from kvfabric_nodes.neighbours import Neighbours
 from kvfabric_nodes.sequence_calls import SequenceCalls
 from kvfabric_nodes.sequences import Sequences
 from kvfabric_nodes.server import WireServer
@@ -72,9 +69,7 @@ class Node:
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="kvfabric-node", daemon=True)
         self._core: NodeCore | None = None
-        self._handler: Handler
-        self._peers: Peers
-        self._puller: Puller
+        self.neighbours: Neighbours  # of a node that has started
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -115,12 +110,9 @@ class Node:
             self.sequences.check()
             self.groups.check()
             self.states.check()
+            self.neighbours.check()
 
         asyncio.run_coroutine_threadsafe(check(), self._loop).result(STOP_TIMEOUT_S)
-
-    def learn_peer_token(self, token: bytes) -> None:
-        """What the nodes of this fabric show each other, as the manager says."""
-        self._handler.peer_token = self._peers.peer_token = token
 
     def _run(self) -> None:
         try:
@@ -158,16 +150,11 @@ class Node:
                 self._begin(keeping.run())
             server = self._open_wire(handler, stack)
             stack.push_async_callback(keeping.stop, keep=settings.keep_on_stop)
-            peers = Peers(settings.node, self.endpoints.host)
-            limits = PullLimits(parallel=settings.parallel_pulls)
-            puller = Puller(handler, peers, server.on_core, limits)
-            stack.push_async_callback(_end_peers, peers, puller)
-            self._handler, self._peers, self._puller = handler, peers, puller
-            self._begin(self._tick(core, metrics, peers))
-            if settings.manager:
-                heartbeat = Heartbeat(core, metrics, settings.manager, self._registration(metrics))
-                handler.locate = heartbeat.locate
-                self._begin(heartbeat.run())
+            register = self._registration(metrics)
+            self.neighbours = Neighbours(handler, settings, register, server.on_core)
+            stack.push_async_callback(self.neighbours.close)
+            self._begin(self._tick(core, metrics))
+            self._introduce(self.neighbours)
             log.info("node_serves", node=settings.node, **_addresses(self.endpoints))
             self._started.set_result(None)
             await self._stopping.wait()
@@ -181,6 +168,16 @@ class Node:
         self.sequence_calls = SequenceCalls(handler, self.sequences, verifier)
         self.group_calls = GroupCalls(handler, self.groups, self.states, self.steps)
         handler.offer({**self.sequence_calls.calls(), **self.group_calls.calls()})
+
+    def _introduce(self, neighbours: Neighbours) -> None:
+        """Sequences, groups and steps get to know the other nodes and the manager."""
+        self.sequence_calls.room.fetch_home = neighbours.homing.fetch_home
+        heartbeat = neighbours.heartbeat
+        if heartbeat is not None:
+            self.group_calls.places = heartbeat.inquiries.places
+            heartbeat.reports.sequences = self.sequences.columns
+            heartbeat.reports.steps = self.steps.take
+            self._begin(heartbeat.run())
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         assert self._loop is not None
@@ -204,17 +201,17 @@ class Node:
             labels=self.settings.labels,
         )
 
-    async def _tick(self, core: NodeCore, metrics: NodeMetrics, peers: Peers) -> None:
+    async def _tick(self, core: NodeCore, metrics: NodeMetrics) -> None:
         refreshed_s = 0.0
         while True:
             now_s = self._clock.now()
             core.tick(now_s)
+            self.neighbours.tick(now_s)
             self.sequences.tick(now_s)
             self.groups.tick(now_s)
             self.states.tick(now_s)
             if now_s - refreshed_s >= REFRESH_S:
                 metrics.refresh()
-                peers.sweep()
                 refreshed_s = now_s
             await asyncio.sleep(TICK_S)
 
@@ -279,13 +276,6 @@ def own_process() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 1000)
-
-
-async def _end_peers(peers: Peers, puller: Puller) -> None:
-    """While the core still answers: transfers end with their sessions."""
-    ended = asyncio.get_running_loop().run_in_executor(None, peers.close)
-    await puller.close()
-    await ended
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
