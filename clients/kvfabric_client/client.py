@@ -24,6 +24,7 @@ from kvfabric_client import discovery
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.discovery import address_of
 from kvfabric_client.handoff import Holds
+from kvfabric_client.ended import ended_sessions
 from kvfabric_client.link import Link
 from kvfabric_client.manager import Manager
 from kvfabric_client.renewals import Renewals
@@ -309,6 +310,8 @@ class Client:
         with self._lock:
             link = self._links.get(address)
         if link is not None and link.alive():
+            if ended_sessions.any:
+                link.confess(deadline.at_s)
             return link
         fresh = Link(address, self._principal, self._token, deadline.at_s, checked=self.checksums)
         with self._lock:

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ from kvfabric.types import PROTOCOL_VERSION, Namespace, NamespaceId
 from kvfabric.wire import sockets
 from kvfabric.wire.connection import MAX_DESCRIPTORS, Connection
 from kvfabric.wire.frames import MAX_HEADER_BYTES
+from kvfabric_client.ended import Mapping, ended_sessions
 
 MAX_CALL_CONNECTIONS = 4
 MAX_BULK_CONNECTIONS = 4
@@ -58,6 +60,7 @@ class Link:
         self._returned = threading.Condition(self._lock)
         self._opened: set[NamespaceId] = set()
         self._segments: dict[int, memoryview] = {}
+        self._mappings: list[Mapping] = []  # of these, and of those that were given back
         self._released: deque[int] = deque()
         self._release_soon = threading.Event()
         self._releaser: threading.Thread | None = None
@@ -83,6 +86,10 @@ class Link:
     def close(self) -> None:
         """Ends the session; views that are still open keep their mapping, not their lease."""
         with self._lock:
+            if self._mappings:
+                ended_sessions.add(self.address, self.hello.session, self._mappings)
+                self._mappings = []
+                self._segments.clear()
             self._owner.close()
             for connection in self._calls:
                 connection.close()
@@ -207,6 +214,19 @@ class Link:
             )
         self._opened.add(expected)
 
+    def confess(self, deadline_s: float) -> None:
+        """Tells the node which sessions of its earlier starts have let go of its memory."""
+        ended = ended_sessions.take(self.address)
+        if not ended:
+            return
+        request = self._hello_request(self.hello.session)
+        request.ended_sessions.extend(ended)
+        try:
+            self.call("hello", request, deadline_s)
+        except FabricError:  # the next call tries again
+            for session in ended:
+                ended_sessions.add(self.address, session, ())
+
     # Leases ---------------------------------------------------------------------------
 
     def release(self, lease: int) -> None:
@@ -243,7 +263,10 @@ class Link:
 
     def place(self, segment: int, offset: int, size_bytes: int) -> memoryview:
         """Bytes of a segment that `map_segments` has mapped."""
-        return self._segments[segment][offset : offset + size_bytes]
+        mapped = self._segments.get(segment)
+        if mapped is None:
+            raise Unreachable(f"the session with {self.address} has ended")
+        return mapped[offset : offset + size_bytes]
 
     def map_segments(self, segments: set[int], deadline_s: float) -> None:
         """Maps what is not mapped yet."""
@@ -268,6 +291,7 @@ class Link:
                     mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
                     _enter_pages(mapped)
                     self._segments[segment] = memoryview(mapped)
+                    self._mappings.append(weakref.ref(mapped))
             except OSError as error:
                 raise Retry(
                     f"cannot map the memory of node {self.node}: {error}; raise the limits of "
