@@ -290,8 +290,7 @@ class Link:
                 ):
                     mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
                     _enter_pages(mapped)
-                    self._segments[segment] = memoryview(mapped)
-                    self._mappings.append(weakref.ref(mapped))
+                    self._keep(segment, mapped)
             except OSError as error:
                 raise Retry(
                     f"cannot map the memory of node {self.node}: {error}; raise the limits of "
@@ -300,6 +299,14 @@ class Link:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
+
+    def _keep(self, segment: int, mapped: mmap.mmap) -> None:
+        with self._lock:
+            if self._owner.closed:  # what is mapped from here on, nobody would know of
+                raise Unreachable(f"the session with {self.address} has ended")
+            self._mappings = [each for each in self._mappings if each() is not None]
+            self._mappings.append(weakref.ref(mapped))
+            self._segments[segment] = memoryview(mapped)
 
     def _give_back_retired(self, connection: Connection) -> None:
         """Lets go of segments that the node wants back; it asks again until it is told so."""
