@@ -42,8 +42,8 @@ TRANSITIONS: dict[LoanState, frozenset[LoanState]] = {
     _S.REQUESTED: frozenset({_S.GRANTED, _S.HELD, _S.RETURNED, _S.VOID}),
     # The bytes came; the creditor thought better of it; the debtor did; time ran out.
     _S.GRANTED: frozenset({_S.HELD, _S.RECALLED, _S.RETURNED, _S.VOID}),
-    # Bytes that the creditor lost are fetched again; wanted back; moved on; no more needed.
-    _S.HELD: frozenset({_S.GRANTED, _S.RECALLED, _S.MOVING, _S.RETURNED, _S.VOID}),
+    # Wanted back; moved on; no more needed; not renewed.
+    _S.HELD: frozenset({_S.RECALLED, _S.MOVING, _S.RETURNED, _S.VOID}),
     # Enough came back, and the rest stays; on its way; all came back; the deadline came.
     _S.RECALLED: frozenset({_S.GRANTED, _S.HELD, _S.MOVING, _S.RETURNED, _S.VOID}),
     # What was not moved stays; wanted back meanwhile; all has moved; the deadline came.

@@ -1,0 +1,173 @@
+"""Lent shards that have to leave their creditor: brought home, or lent to another one.
+
+The creditor says how much it wants back and until when; what has not moved by then it
+takes, and that is its right. A key leaves the creditor only when the next copy is there
+and seen.
+"""
+
+from __future__ import annotations
+
+from kvfabric.loans import LoanState
+from kvfabric.rpc.v1 import control_pb2, node_pb2
+from kvfabric.types import Key
+from kvfabric_nodes.borrowing import Borrower
+from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Stage
+from kvfabric_nodes.post import Post
+from kvfabric_nodes.pulls import PullOrder
+from kvfabric_nodes.room import Rooms
+from kvfabric_nodes.rounds import Round
+from kvfabric_nodes.seeking import LOAN_KEYS, Seeker
+from kvfabric_nodes.terms import Identity
+from kvfabric_nodes.transit import Cargo, Transit
+
+
+class Mover:
+    """See the module. `go_on` is called after every event."""
+
+    def __init__(
+        self,
+        core: NodeCore,
+        me: Identity,
+        post: Post,
+        transit: Transit,
+        rooms: Rooms,
+        borrower: Borrower,
+        seeker: Seeker,
+    ) -> None:
+        self._core = core
+        self._me = me
+        self._post = post
+        self._transit = transit
+        self._rooms = rooms
+        self._borrower = borrower
+        self._seeker = seeker
+        self._recalls: dict[int, Round | None] = {}  # loans, and whom else to ask for them
+
+    def recalled(self, request: node_pb2.RecallLoanRequest, now_s: float) -> None:
+        """The creditor wants so much of a loan back; said again, the last word counts."""
+        debt = self._borrower.debts.get(request.loan)
+        if (
+            debt is None
+            or debt.creditor != request.creditor
+            or debt.incarnation != request.creditor_incarnation
+        ):
+            return  # not ours, or no more: the creditor ends it by itself
+        debt.keep_bytes = max(0, debt.owed_bytes - request.size_bytes)
+        debt.recall_s = now_s + self._core.bounded(request.deadline_ms / 1000)
+        debt.stays_out = False
+        debt.restate()
+        self._recalls.setdefault(debt.id, None)
+        for key in debt.having(*PENDING, Stage.AWAY):
+            place = (debt.batch.namespace, key)
+            self._core.story.note(now_s, *place, "recalled", f"by {debt.creditor}")
+        self._borrower.touch(debt, debt.next_s)
+
+    def bring_home(self, command: control_pb2.Command.BringHome, why: str, now_s: float) -> None:
+        """The manager's wish; as much as there is room for."""
+        debt = self._borrower.debts.get(command.loan)
+        if debt is None or debt.state is not LoanState.HELD:
+            return
+        keys = debt.having(Stage.AWAY)
+        if command.size_bytes:
+            keys = keys[: -(-command.size_bytes // debt.batch.slot_bytes)]
+        self._fetch(debt, keys, why or "the manager asks", now_s)
+
+    def go_on(self, now_s: float) -> None:
+        for loan, search in list(self._recalls.items()):
+            debt = self._borrower.debts.get(loan)
+            if debt is None:
+                del self._recalls[loan]
+            elif now_s >= debt.recall_s or not self._move(debt, search, now_s):
+                del self._recalls[loan]
+                self._end(debt, now_s)
+
+    def check(self) -> None:
+        """Asserts all invariants."""
+        for debt in self._borrower.debts.values():
+            assert (debt.keep_bytes is not None) == (debt.id in self._recalls)
+
+    def _move(self, debt: Debt, search: Round | None, now_s: float) -> bool:
+        """Goes on with what is recalled; whether there is any left."""
+        assert debt.keep_bytes is not None
+        slot = debt.batch.slot_bytes
+        for key in debt.having(*PENDING):  # its bytes are elsewhere anyhow
+            if debt.staying_bytes > debt.keep_bytes:
+                self._borrower.leave(debt, key, now_s, drop=True)
+        over = debt.staying_bytes - debt.keep_bytes
+        if over <= 0:
+            return False
+        over -= (len(debt.homing) + len(debt.moving)) * slot
+        if over > 0 and not debt.stays_out and not self._rooms:
+            over -= slot * self._fetch(debt, _idle(debt)[: -(-over // slot)], "recalled", now_s)
+            debt.stays_out = over > 0
+        if over <= 0 or not (debt.stays_out or self._rooms):
+            return True
+        if search is None or search.old(now_s):
+            search = Round(self._post, (self._me.node, debt.creditor), now_s)
+            self._recalls[debt.id] = search
+        why = f"recalled by {debt.creditor}"
+        self._seeker.spread(search, over, lambda size: self._pick(debt, size), why, now_s)
+        return True
+
+    def _end(self, debt: Debt, now_s: float) -> None:
+        """All is on its way back, or its time is over: what the creditor took, it tells."""
+        late = now_s >= debt.recall_s
+        debt.keep_bytes = None
+        debt.recall_s = INFINITY
+        debt.doubtful = debt.doubtful or late
+        debt.restate()
+        self._borrower.touch(debt, now_s)
+
+    def _pick(self, debt: Debt, size_bytes: int) -> Batch | None:
+        """What is to be copied from one creditor to another."""
+        most = min(LOAN_KEYS, max(1, size_bytes // debt.batch.slot_bytes))
+        keys = _idle(debt)[:most]
+        if not keys:
+            return None
+        b = debt.batch
+        return Batch(
+            b.namespace,
+            b.tenant,
+            b.layers,
+            b.size_bytes,
+            b.slot_bytes,
+            keys,
+            debt.creditor,
+            debt.endpoints,
+        )
+
+    def _fetch(self, debt: Debt, keys: list[Key], why: str, now_s: float) -> int:
+        """Orders keys home; how many there is room for."""
+        if not keys:
+            return 0
+        batch = debt.batch
+        cargo = Cargo(
+            batch.namespace,
+            batch.tenant,
+            dict.fromkeys(keys, batch.size_bytes),
+            batch.layers,
+            debt.creditor,
+            debt.endpoints,
+            debt.id,
+            f"home from {debt.creditor}: {why}",
+        )
+
+        def ended(order: PullOrder, why: str, at_s: float) -> None:
+            left = debt.homing & set(order.keys)  # those that did not come
+            debt.homing -= left
+            debt.stays_out = debt.stays_out or bool(left)
+            if debt.id in self._borrower.debts:
+                debt.restate()
+
+        _, grants = self._transit.fetch(cargo, ended, now_s)
+        granted = [key for key, grant in grants.items() if grant.extent is not None]
+        debt.homing.update(granted)
+        debt.restate()
+        return len(granted)
+
+
+def _idle(debt: Debt) -> list[Key]:
+    """Lent keys that are not on their way elsewhere yet."""
+    taken = debt.homing | debt.moving
+    return [key for key in debt.having(Stage.AWAY) if key not in taken]
