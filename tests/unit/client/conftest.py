@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,18 @@ def client(home: str) -> Iterator[Client]:
 @pytest.fixture
 def room(client: Client) -> Room:
     return client.open(Namespace("default", b"f" * 32))
+
+
+@pytest.fixture
+def vandal(node: Node) -> Iterator[Room]:
+    """A client that maps the node's memory."""
+    with contextlib.closing(kvfabric_client.connect(address(node, "unix"))) as client:
+        yield client.open(Namespace("default", b"f" * 32))
+
+
+def flip(vandal: Room, victim: Key, at: int) -> None:
+    """Changes one bit of a sealed shard, where it lies."""
+    with vandal.view([victim]) as views:
+        assert views[0] is not None
+        start = np.frombuffer(views[0], np.uint8).ctypes.data
+        ctypes.c_ubyte.from_address(start + at).value ^= 0x10

@@ -18,9 +18,8 @@ from kvfabric.types import Namespace, Status
 from kvfabric_client import Room
 from kvfabric_nodes.node import Node
 
-from .conftest import Start, address, core_of, key, payload
+from .conftest import Start, address, core_of, flip, key, payload
 from .test_deadlines import eventually, promises
-from .test_integrity import _flip
 
 SPACE = types_pb2.Namespace(tenant="default", fingerprint=b"f" * 32)
 CHUNK_BYTES = 1 << 20
@@ -196,7 +195,7 @@ def test_damage_is_seen_by_the_reader_s_checksums_and_dropped_by_verify(
     guest: Guest, room: Room
 ) -> None:
     guest.write({1: payload(1, 1000).data})
-    _flip(room, key(1), 7)
+    flip(room, key(1), 7)
     header, got = guest.read(1)
     assert checksums.checksums(memoryview(got[0])) != list(header.checksums)
 

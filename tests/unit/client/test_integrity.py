@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-import kvfabric_client
-from kvfabric.types import Key, Namespace, Status
+from kvfabric.types import Status
 from kvfabric_client import Client, Room
 from kvfabric_nodes.node import Node
 
-from .conftest import address, core_of, counter, key, payload
-
-SPACE = Namespace("default", b"f" * 32)
-
-
-@pytest.fixture
-def vandal(node: Node) -> Iterator[Room]:
-    """A client that maps the node's memory."""
-    with contextlib.closing(kvfabric_client.connect(address(node, "unix"))) as client:
-        yield client.open(SPACE)
-
-
-def _flip(vandal: Room, victim: Key, at: int) -> None:
-    with vandal.view([victim]) as views:
-        assert views[0] is not None
-        start = np.frombuffer(views[0], np.uint8).ctypes.data
-        ctypes.c_ubyte.from_address(start + at).value ^= 0x10
+from .conftest import core_of, counter, flip, key, payload
 
 
 @pytest.mark.parametrize("at", [0, 299_999])
@@ -40,7 +19,7 @@ def test_a_flipped_bit_is_a_miss_and_costs_the_replica(
 ) -> None:
     shards = [payload(n, 300_000) for n in range(3)]
     room.put([key(n) for n in range(3)], shards, layers=layers)
-    _flip(vandal, key(1), at)
+    flip(vandal, key(1), at)
 
     targets = [np.zeros(300_000, np.uint8) for _ in shards]
     assert room.get_into([key(n) for n in range(3)], targets) == [
@@ -61,8 +40,8 @@ def test_a_flipped_bit_is_a_miss_and_costs_the_replica(
 def test_damage_in_a_large_batch_is_found_by_either_thread(room: Room, vandal: Room) -> None:
     keys = [key(n) for n in range(8)]
     room.put(keys, [payload(n, 1 << 20) for n in range(8)])
-    _flip(vandal, key(0), 5)
-    _flip(vandal, key(7), 1 << 19)
+    flip(vandal, key(0), 5)
+    flip(vandal, key(7), 1 << 19)
     assert [copy is None for copy in room.get(keys)] == [n in (0, 7) for n in range(8)]
 
 
@@ -72,14 +51,14 @@ def test_what_is_damaged_while_others_read_it_stays_theirs_until_they_let_go(
     vandal.put([key(1)], [payload(0, 1000)])
     with vandal.view([key(1)]) as views:
         assert views[0] is not None
-        _flip(vandal, key(1), 5)
+        flip(vandal, key(1), 5)
         assert vandal.get([key(1)]) == [None]
         assert core_of(node).books().quarantined_bytes == 1024
 
 
 def test_who_does_not_verify_reads_what_is_there(room: Room, vandal: Room) -> None:
     room.put([key(1)], [payload(0, 1000)])
-    _flip(vandal, key(1), 5)
+    flip(vandal, key(1), 5)
     [copy] = room.get([key(1)], verify=False)
     assert copy is not None
     assert not np.array_equal(copy, payload(0, 1000))
