@@ -25,6 +25,7 @@ from kvfabric.manager.events import (
 )
 from kvfabric.manager.journal import JournalEvent
 from kvfabric.manager.lending import Lending
+from kvfabric.manager.moving import Moving
 from kvfabric.manager.nearness import best_first
 from kvfabric.manager.parts import Cluster, Part
 from kvfabric.manager.planning import Planning
@@ -49,7 +50,8 @@ class ManagerCore:
         self.lending = Lending(self.cluster)
         self.planning = Planning(self.cluster)
         repaying = Repaying(self.cluster, self.planning.waiting)
-        self._parts: list[Part] = [self.lending, self.planning, repaying]
+        self.moving = Moving(self.cluster, now_s)
+        self._parts: list[Part] = [self.lending, self.planning, repaying, self.moving]
         # What a node said it holds, where its last message was to be believed as it is.
         self._claims: dict[NodeId, Inventory] = {}
         self._reporting: set[NodeId] = set()  # in the middle of a full report
@@ -158,6 +160,8 @@ class ManagerCore:
     ) -> Located:
         """See Directory.locate. Replicas come nearest to `asker` first, then by tier and load."""
         found = self._directory.locate(namespace, keys, prefix=prefix)
+        if asker is not None:
+            self.moving.asked(namespace, keys, asker)
         if all(len(place) == 1 for place in found.places):
             return found
         return Located(found.indices, best_first(self.cluster, asker, found.places))

@@ -28,6 +28,7 @@ from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import Fenced, FencedStore, assert_newest, next_epoch, outrank
 from kvfabric.manager.events import Answer
 from kvfabric.manager.lending_calls import LendingCalls
+from kvfabric.manager.moving_calls import MovingCalls
 from kvfabric.manager.planning import PLAN_S
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.manager.token import peer_token
@@ -68,7 +69,7 @@ class _Stream:
 
 # Further groups of calls stand here, before gRPC's own class, which answers UNIMPLEMENTED;
 # each is a class of `Calls` in a file of its own.
-class ControlService(LendingCalls, control_pb2_grpc.ControlServiceServicer):
+class ControlService(LendingCalls, MovingCalls, control_pb2_grpc.ControlServiceServicer):
     """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
 
     def __init__(
@@ -82,6 +83,7 @@ class ControlService(LendingCalls, control_pb2_grpc.ControlServiceServicer):
         core = ManagerCore(settings.silence_ms / 1000, clock.now())
         # Parts join the core here, in the order in which they are to be told.
         super().__init__(core, epoch, clock, metrics, store)
+        self.load_rules()
         self._settings = settings
         self._peer_token = peer_token(store)
         self.metrics_address = ""  # where they are served
@@ -356,6 +358,7 @@ class ManagerServer:
         while not self._stopping.wait(PLAN_S):
             try:
                 self._service.plan()
+                self._service.forget_drains()
             except Exception:  # lending goes on without plans: nodes borrow when they have to
                 log.exception("plan failed")
 

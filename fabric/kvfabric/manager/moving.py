@@ -1,0 +1,80 @@
+"""The manager's part in moving shards: everything that moves, drains, replicates, fills and pins.
+
+Each concern has a module of its own; they share the mover, the rules and the heat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvfabric.draining import Draining
+from kvfabric.filling import Filling
+from kvfabric.heat import Heat
+from kvfabric.manager.events import Heartbeat
+from kvfabric.manager.parts import Cluster
+from kvfabric.membership import Member, NodeState
+from kvfabric.migrating import Migrating
+from kvfabric.mover import Mover
+from kvfabric.pinning import Pinning
+from kvfabric.policies import Rules
+from kvfabric.replicas import Replicas
+from kvfabric.types import Key, NamespaceId, NodeId
+
+
+class Moving:
+    """See the module. A part of the core."""
+
+    def __init__(self, cluster: Cluster, now_s: float) -> None:
+        self.rules = Rules()
+        self.heat = Heat()
+        self.mover = Mover(cluster)
+        self.draining = Draining(cluster, self.mover, self.rules, self.heat, cluster.ledger)
+        self.migrating = Migrating(cluster, self.mover)
+        self.replicas = Replicas(cluster, self.mover, self.rules, self.heat)
+        self.pinning = Pinning(cluster, self.rules)
+        self._filling = Filling(cluster, self.mover, self.rules, self.heat)
+        self._now_s = now_s
+
+    def asked(self, namespace: NamespaceId, keys: Sequence[Key], node: NodeId) -> None:
+        """Clients of `node` look for these. Counts where shards may be spread to their readers."""
+        if self.rules.hot_replicas(namespace):
+            self.heat.asked(namespace, keys, node, self._now_s)
+
+    def heard(self, member: Member, event: Heartbeat, now_s: float) -> None:
+        self._now_s = now_s
+        if event.heat is not None:
+            self.heat.report(event.heat, now_s)
+        if member.state is NodeState.LIVE:
+            for delta in event.added:
+                self.replicas.added(delta.namespace, delta.keys, now_s)
+                self.pinning.added(delta.namespace, delta.keys, now_s)
+        if event.added or event.removed or event.full:
+            self.mover.heard(event.node, now_s)
+            self.migrating.heard(event.node, now_s)
+        self.draining.heard(event.node, event.sequences, now_s)
+
+    def lost(self, node: NodeId, now_s: float) -> None:
+        self._now_s = now_s
+        self.draining.lost(node, now_s)
+        self.mover.heard(node, now_s)
+        self.replicas.alarm(now_s)
+
+    def tick(self, now_s: float) -> None:
+        self._now_s = now_s
+        self.draining.tick(now_s)
+        self.migrating.tick(now_s)
+        self.replicas.tick(now_s)
+        self._filling.tick(now_s)
+        self.pinning.tick(now_s)
+        self.mover.tick(now_s)
+
+    def check(self) -> None:
+        for part in (
+            self.mover,
+            self.rules,
+            self.draining,
+            self.replicas,
+            self._filling,
+            self.heat,
+        ):
+            part.check()

@@ -1,0 +1,301 @@
+"""Carries moves out: which of their batches begin when and where to, within the limits.
+
+How one batch is carried out is in steps.py, and how much may be under way in loads.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+
+from kvfabric import sight
+from kvfabric.batches import Batches
+from kvfabric.errors import Broken, Refused, Retry
+from kvfabric.loads import Loads
+from kvfabric.migration import BATCH_BYTES, BATCH_KEYS, PRIORITIES, Batch, Kind, Move, MoveState
+from kvfabric.steps import COPY_TIMEOUT_S, Steps
+from kvfabric.targets import Targets
+from kvfabric.types import Key, NamespaceId, NodeId
+
+MAX_MOVES = 64  # under way at once
+MAX_ENDED = 256  # remembered
+MAX_WAITING = 16  # batches of one move that wait for their turn
+MAX_DROPPING = 256  # batches of one move whose source still holds them
+NO_ROOM_S = 5.0  # then what may be given up is
+WAIT_TIMEOUT_S = 300.0
+BURST_S = 1.0  # what a throttled move may catch up with
+
+
+class Mover:
+    """See the module. Who wants a move calls `begin`, then `add` while it `wants`, then `close`."""
+
+    def __init__(self, cluster: sight.Cluster) -> None:
+        self._cluster = cluster
+        self._targets = Targets(cluster)
+        self._loads = Loads()
+        self._batches = Batches()
+        self._moves: dict[int, Move] = {}
+        self._ended: deque[Move] = deque(maxlen=MAX_ENDED)
+        self._move_numbers = itertools.count(1)
+        self._steps = Steps(cluster, self._loads, self._batches)
+
+    # For those who want something moved
+
+    def begin(
+        self,
+        kind: Kind,
+        now_s: float,
+        *,
+        source: NodeId | None = None,
+        destination: NodeId | None = None,
+        bytes_per_s: int = 0,
+        priority: int = 0,
+        copy: bool = False,
+    ) -> Move:
+        """A move without any keys yet. Retry where too many are under way."""
+        if self.full:
+            raise Retry(f"{MAX_MOVES} moves are under way; cancel one, or wait for an end")
+        move = Move(
+            next(self._move_numbers),
+            kind,
+            source,
+            destination,
+            bytes_per_s,
+            priority or PRIORITIES[kind],
+            copy,
+            now_s,
+        )
+        self._moves[move.number] = move
+        return move
+
+    @property
+    def full(self) -> bool:
+        """Whether no further move can begin."""
+        return len(self._moves) >= MAX_MOVES
+
+    def wants(self, move: Move) -> bool:
+        """Whether more may be added now."""
+        if move.ended:
+            return False
+        waiting, _, dropping = self._batches.phases(move)
+        return waiting < MAX_WAITING and dropping < MAX_DROPPING
+
+    def busy(self, namespace: NamespaceId, key: Key) -> bool:
+        """Whether some move has this key under way. No other can take it then."""
+        return self._batches.busy(namespace, key)
+
+    def phases(self, move: Move) -> tuple[int, int, int]:
+        """How many of its batches wait, are copied, and are dropped at their source."""
+        return self._batches.phases(move)
+
+    def add(
+        self,
+        move: Move,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        source: NodeId,
+        now_s: float,
+        *,
+        destination: NodeId | None = None,
+        evict: bool = False,
+        may_give_up: bool = False,
+    ) -> int:
+        """Keys that lie at `source` join the move. Returns how many: not those under way already.
+
+        `destination` overrules placement. With `evict` colder cache may go for them; with
+        `may_give_up` the source's own are dropped where there is no room anywhere.
+        """
+        shard_bytes = sight.shard_bytes(self._cluster, source)
+        size = min(BATCH_KEYS, BATCH_BYTES // shard_bytes)
+        if move.bytes_per_s:  # at most a second's worth, so that the rate is even
+            size = min(size, move.bytes_per_s // shard_bytes)
+        aim = destination or move.destination
+        parts = self._parts(namespace, keys, max(1, size))
+        for part in parts:
+            batch = self._steps.make(move, namespace, part, source, now_s)
+            batch.destination, batch.fixed = aim, aim is not None
+            batch.evict, batch.may_give_up = evict, may_give_up
+            self._batches.wait(batch)
+        return self._added(move, parts)
+
+    def add_drop(
+        self, move: Move, namespace: NamespaceId, keys: Sequence[Key], source: NodeId, now_s: float
+    ) -> int:
+        """Keys that lie well elsewhere: only the replicas at `source` are to go. Else as `add`."""
+        parts = self._parts(namespace, keys, BATCH_KEYS)
+        added = self._added(move, parts)
+        for part in parts:
+            batch = self._steps.make(move, namespace, part, source, now_s)
+            self._batches.begin(batch, now_s)
+            self._steps.start_dropping(batch, now_s)
+        self._settle(move, now_s)
+        return added
+
+    def close(self, move: Move, now_s: float) -> None:
+        """No more batches come: the move ends with its last one. May be repeated."""
+        move.more = False
+        self._settle(move, now_s)
+
+    def cancel(self, number: int, now_s: float) -> None:
+        """Ends a move; copies made so far stay as cache. May be repeated. Refused for none."""
+        move = self._moves.get(number)
+        if move is None:
+            if all(each.number != number for each in self._ended):
+                raise Refused(f"there is no move {number}; `kvfabric moves` lists them")
+            return
+        for batch in self._batches.of(move):
+            self._steps.over(batch, MoveState.CANCELLED)
+        self._end(move, MoveState.CANCELLED, now_s)
+
+    def moves(self) -> list[Move]:
+        """Those under way, and the latest that ended; by number. Not to be changed."""
+        return sorted((*self._ended, *self._moves.values()), key=lambda move: move.number)
+
+    # What happens
+
+    def heard(self, node: NodeId, now_s: float) -> None:
+        """What the node holds has changed, or what it says of its memory."""
+        sources = {node}
+        for batch in self._batches.near(node):
+            sources.add(batch.source)
+            if batch in self._batches:
+                self._look(batch, now_s)
+        for source in sorted(sources):
+            self._start(source, now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Time has passed."""
+        for batch in self._batches.under_way():
+            if batch in self._batches and now_s >= min(batch.due_s, batch.deadline_s):
+                self._look(batch, now_s)
+        for source in self._batches.sources():
+            self._start(source, now_s)
+
+    def check(self) -> None:
+        """Broken unless books and limits are right."""
+        self._loads.check()
+        self._batches.check()
+        if any(move.ended for move in self._moves.values()) or len(self._moves) > MAX_MOVES:
+            raise Broken("an ended move counts as one under way; report this")
+
+    # Starting
+
+    def _start(self, source: NodeId, now_s: float) -> None:
+        """As many of a source's waiting batches as may begin."""
+        blocked: set[tuple[int, NodeId | None, bool, frozenset[NodeId]]] = set()
+        for batch in self._batches.waiting_at(source):
+            # Behind one that cannot begin, others with the same aim cannot either.
+            aim = (batch.move.number, batch.destination, batch.evict, frozenset(batch.shunned))
+            if batch in self._batches and aim not in blocked and not self._begin(batch, now_s):
+                blocked.add(aim)
+
+    def _begin(self, batch: Batch, now_s: float) -> bool:
+        """False: it goes on waiting."""
+        move = batch.move
+        where = self._steps.where(batch)
+        lacking = {key: where[key] for key in batch.keys if batch.source not in where[key]}
+        if lacking:
+            self._steps.elsewhere(batch, lacking, now_s, f"{batch.source} has them no more")
+            if not batch.keys:
+                self._steps.over(batch, MoveState.FAILED)
+                self._settle(move, now_s)
+                return True
+        if not sight.live(self._cluster, batch.source):
+            return self._wait(batch, now_s, f"{batch.source} is not in touch")
+        if not self._loads.gives(batch) or (move.bytes_per_s and move.paid_until_s > now_s):
+            return False
+        destination = self._choose(batch, set().union(*self._steps.where(batch).values()), now_s)
+        if destination is None:
+            return batch not in self._batches or batch.begun_s is not None
+        batch.destination = destination
+        self._batches.begin(batch, now_s)
+        self._loads.take(batch, destination)
+        if move.bytes_per_s:
+            begin_s = max(move.paid_until_s, now_s - BURST_S)
+            move.paid_until_s = begin_s + batch.size_bytes / move.bytes_per_s
+        batch.deadline_s = now_s + COPY_TIMEOUT_S + 4 * self._steps.seconds(batch)
+        self._look(batch, now_s)
+        return True
+
+    def _choose(self, batch: Batch, holders: set[NodeId], now_s: float) -> NodeId | None:
+        """Where the batch may begin to go at this moment."""
+        if batch.fixed and batch.destination is not None:
+            if not sight.takes(self._cluster, batch.destination):
+                self._wait(batch, now_s, f"{batch.destination} is away or being drained")
+                return None
+            return batch.destination if self._loads.fits(batch, batch.destination) else None
+        leaving = set() if batch.move.copy else {batch.source}
+        roomy = [
+            node
+            for node in self._targets.best(
+                batch.source,
+                holders - leaving - self._cluster.draining,
+                batch.size_bytes,
+                now_s,
+                exclude=holders | batch.shunned,
+                evict=batch.evict,
+            )
+            if batch.evict or self._has_room(node, batch.size_bytes)
+        ]
+        for node in roomy:
+            if self._loads.fits(batch, node):
+                return node
+        if not roomy:
+            self._without_room(batch, now_s)
+        return None
+
+    def _has_room(self, node: NodeId, size_bytes: int) -> bool:
+        coming_bytes = self._loads.coming_bytes(node)
+        return sight.free_bytes(self._cluster.members[node]) - coming_bytes >= size_bytes
+
+    def _without_room(self, batch: Batch, now_s: float) -> None:
+        if batch.may_give_up and now_s - batch.waiting_since_s >= NO_ROOM_S:
+            batch.given_up = True
+            self._batches.begin(batch, now_s)
+            self._steps.start_dropping(batch, now_s)
+            self._settle(batch.move, now_s)
+        else:
+            self._wait(batch, now_s, "no other node has room")
+
+    def _wait(self, batch: Batch, now_s: float, why: str) -> bool:
+        """False: the batch goes on waiting. True: it did for too long, and has failed."""
+        if now_s - batch.waiting_since_s < WAIT_TIMEOUT_S:
+            return False
+        self._steps.fail(batch, batch.keys, why)
+        self._steps.over(batch, MoveState.FAILED)
+        self._settle(batch.move, now_s)
+        return True
+
+    # Books
+
+    def _look(self, batch: Batch, now_s: float) -> None:
+        self._steps.look(batch, now_s)
+        self._settle(batch.move, now_s)
+
+    def _parts(self, namespace: NamespaceId, keys: Sequence[Key], size: int) -> list[list[Key]]:
+        free = [key for key in dict.fromkeys(keys) if not self._batches.busy(namespace, key)]
+        return [free[first : first + size] for first in range(0, len(free), size)]
+
+    def _added(self, move: Move, parts: list[list[Key]]) -> int:
+        added = sum(len(part) for part in parts)
+        move.keys += added
+        return added
+
+    def _settle(self, move: Move, now_s: float) -> None:
+        """The move's own state follows its batches'."""
+        if move.ended:
+            return
+        waiting, copying, dropping = self._batches.phases(move)
+        if move.more or waiting or copying:
+            move.to(MoveState.COPYING)
+        elif dropping:
+            move.to(MoveState.DROPPING)
+        else:
+            self._end(move, MoveState.FAILED if move.failed else MoveState.DONE, now_s)
+
+    def _end(self, move: Move, state: MoveState, now_s: float) -> None:
+        move.to(state)
+        move.ended_s = now_s
+        del self._moves[move.number]
+        self._ended.append(move)
