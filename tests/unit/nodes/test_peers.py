@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
 import kvfabric_client
+from kvfabric.errors import Denied
 from kvfabric.keys import namespace_id
-from kvfabric.rpc.v1 import types_pb2
-from kvfabric.types import Key, Namespace
+from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
+from kvfabric.types import Key, Namespace, Status
+from kvfabric.wire.connection import Connection
 from kvfabric_client import Room
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.node import Node
-from kvfabric_nodes.pulls import Outcome, Pulled, PullOrder
+from kvfabric_nodes.pulls import MIN_BYTES_PER_S, Outcome, Pulled, PullLimits, PullOrder
 from kvfabric_nodes.settings import NodeSettings
 
 from .conftest import key
@@ -30,8 +33,10 @@ SEGMENT_BYTES = 1 << 20
 DEADLINE_S = 30.0
 TOKEN = b"p" * 32
 KEYS = [key(number) for number in range(20)]
+MANY = [key(number) for number in range(70)]  # more than the sockets' buffers take
 
 Start = Callable[..., Node]
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -83,7 +88,9 @@ def payload(number: int) -> Any:
 def put(node: Node, keys: list[Key], **options: Any) -> None:
     with room_of(node) as room:
         parents = [None, *keys[:-1]]
-        room.put(keys, [payload(k[0]) for k in keys], parents=parents, layers=4, **options)
+        shards = [payload(k[0]) for k in keys]
+        statuses = room.put(keys, shards, parents=parents, layers=4, **options)
+        assert statuses == [Status.OK] * len(keys)
 
 
 def core_of(node: Node) -> NodeCore:
@@ -97,14 +104,52 @@ def endpoints_of(node: Node, kind: str) -> types_pb2.Endpoints:
     return types_pb2.Endpoints(host="another", tcp_address=node.endpoints.tcp_address)
 
 
-def pull(target: Node, source: Node, keys: list[Key], kind: str = "unix", **options: Any) -> Pulled:
-    order = PullOrder(
-        1, SPACE_ID, tuple(keys), source.settings.node, endpoints_of(source, kind), **options
-    )
+def on(node: Node, call: Callable[[], T]) -> T:
+    """Runs `call` where the node's core lives."""
+    assert node._loop is not None
+
+    async def run() -> T:
+        return call()
+
+    return asyncio.run_coroutine_threadsafe(run(), node._loop).result(DEADLINE_S)
+
+
+def begin_pull(
+    target: Node,
+    source: Node,
+    keys: list[Key],
+    kind: str = "unix",
+    *,
+    number: int = 1,
+    **options: Any,
+) -> Callable[[], Pulled]:
+    """Orders a pull; what it answers waits for the end."""
+    endpoints = endpoints_of(source, kind)
+    name = source.settings.node
+    order = PullOrder(number, SPACE_ID, tuple(keys), name, endpoints, origin="test", **options)
     assert target._loop is not None
-    return asyncio.run_coroutine_threadsafe(
-        target.neighbours.puller.pull(order), target._loop
-    ).result(DEADLINE_S)
+    work = target.neighbours.puller.pull(order)
+    end = asyncio.run_coroutine_threadsafe(work, target._loop)
+    return lambda: end.result(DEADLINE_S)
+
+
+def pull(target: Node, source: Node, keys: list[Key], kind: str = "unix", **options: Any) -> Pulled:
+    return begin_pull(target, source, keys, kind, **options)()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
+def sent_bytes(node: Node) -> int:
+    return sum(flow.size_bytes for flow in node.neighbours._handler.metrics.read.values())
+
+
+def be_impatient(node: Node) -> None:
+    node.neighbours.puller.pulls.limits = PullLimits(attempts=2, retry_s=0.01)
 
 
 def outcomes(pulled: Pulled) -> list[Outcome]:
@@ -133,3 +178,298 @@ def test_a_pull_copies_shards_with_all_that_belongs_to_them(
         for name in ("parent", "owner", "layers", "checksums", "pool"):
             assert getattr(copied, name) == getattr(original, name)
         assert copied.expires_s == pytest.approx(original.expires_s, abs=20)
+
+
+def test_shards_without_checksums_stay_without(source: Node, target: Node) -> None:
+    address = f"unix:{source.endpoints.unix_path}"
+    with kvfabric_client.connect(address, checksums=False) as client:
+        client.open(SPACE).put(KEYS[:2], [payload(0), payload(1)])
+    assert outcomes(pull(target, source, KEYS[:2])) == [Outcome.COPIED] * 2
+    copied = core_of(target).shards.get(SPACE_ID, KEYS[0])
+    assert copied is not None
+    assert (copied.layers, copied.checksums) == (0, ())
+
+
+def test_what_the_source_lacks_is_missing_and_what_is_here_is_held(
+    source: Node, target: Node
+) -> None:
+    put(source, KEYS[:3])
+    put(target, KEYS[2:3])
+    pulled = pull(target, source, KEYS[:4])
+    assert outcomes(pulled) == [Outcome.COPIED, Outcome.COPIED, Outcome.HELD, Outcome.MISSING]
+    assert sent_bytes(source) == 2 * SHARD_BYTES
+
+
+def test_two_pulls_of_the_same_keys_copy_them_once(source: Node, target: Node) -> None:
+    put(source, KEYS)
+    ends = [begin_pull(target, source, KEYS, number=number) for number in range(3)]
+    ends.append(begin_pull(target, source, KEYS, number=2))  # the same order again
+    for end in ends:
+        assert all(outcome.here for outcome in end().outcomes.values())
+    assert sent_bytes(source) == len(KEYS) * SHARD_BYTES
+
+
+def test_a_damaged_shard_is_not_taken_and_the_source_drops_it(source: Node, target: Node) -> None:
+    put(source, KEYS[:4])
+    damaged = core_of(source).shards.get(SPACE_ID, KEYS[2])
+    assert damaged is not None
+    arena = source.neighbours._handler.arena
+    arena.view(damaged.extent.segment, damaged.extent.offset, 1)[0] ^= 1
+
+    pulled = pull(target, source, KEYS[:4])
+
+    expected = [Outcome.COPIED, Outcome.COPIED, Outcome.DAMAGED, Outcome.COPIED]
+    assert outcomes(pulled) == expected
+    assert "the source was told" in pulled.why
+    assert core_of(target).shards.get(SPACE_ID, KEYS[2]) is None
+    assert core_of(source).shards.get(SPACE_ID, KEYS[2]) is None
+    assert target.neighbours._handler.metrics.mismatches["pull"] == 1
+
+
+def test_a_full_node_takes_what_it_has_room_for_and_no_byte_more(
+    source: Node, start: Start
+) -> None:
+    put(source, KEYS)
+    small = start("small", memory=2 * SEGMENT_BYTES)
+    pulled = pull(small, source, KEYS)
+    assert outcomes(pulled) == [Outcome.COPIED] * 10 + [Outcome.FULL] * 10
+    assert "no room" in pulled.why
+    assert sent_bytes(source) == 10 * SHARD_BYTES
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_colder_cache_goes_for_a_pull_only_if_the_order_says_so(
+    source: Node, start: Start, evict: bool
+) -> None:
+    put(source, KEYS[:2])
+    small = start("small", memory=SEGMENT_BYTES)
+    put(small, KEYS[10:15])
+    pulled = pull(small, source, KEYS[:2], evict=evict)
+    assert set(outcomes(pulled)) == {Outcome.COPIED if evict else Outcome.FULL}
+    left = [key for key in KEYS[10:15] if core_of(small).shards.get(SPACE_ID, key)]
+    assert len(left) == (3 if evict else 5)
+
+
+def test_a_draining_node_takes_nothing_in(source: Node, target: Node) -> None:
+    put(source, KEYS[:2])
+    core_of(target).draining = True
+    assert outcomes(pull(target, source, KEYS[:2])) == [Outcome.FULL] * 2
+
+
+def test_room_that_was_reserved_before_is_filled_and_what_is_left_of_it_freed(
+    source: Node, target: Node
+) -> None:
+    put(source, KEYS[:3])
+    core = core_of(target)
+
+    def reserve() -> Any:
+        session = core.open_session("", "loans", shares_memory=False)
+        session.between_nodes = True
+        keys, sizes = KEYS[:4], [SHARD_BYTES, SHARD_BYTES, 64, SHARD_BYTES]
+        return core.reserve(
+            session,
+            SPACE_ID,
+            keys,
+            [None] * 4,
+            sizes,
+            4,
+            60.0,
+            0.0,
+            0.0,
+            streamed=True,
+            tenant="default",
+        )[0]
+
+    reservation = on(target, reserve)
+    assert reservation is not None
+    pulled = pull(target, source, KEYS[:4], reservation=reservation)
+    expected = [Outcome.COPIED, Outcome.COPIED, Outcome.FAILED, Outcome.MISSING]
+    assert outcomes(pulled) == expected
+    assert not reservation.items
+    assert on(target, lambda: core.books().reserved_bytes) == 0
+    second = core.shards.get(SPACE_ID, KEYS[1])
+    assert second is not None
+    assert second.parent == KEYS[0]  # which the reservation did not know
+
+
+def test_a_connection_that_is_cut_costs_only_time(source: Node, target: Node) -> None:
+    put(source, MANY)
+    end = begin_pull(target, source, MANY, bytes_per_s=16 * MIN_BYTES_PER_S)
+    wait_for(lambda: core_of(target).books().reserved_bytes)
+    session = target.neighbours.peers._places["source"].session
+    assert session is not None
+    session.close()
+    pulled = end()
+    assert outcomes(pulled) == [Outcome.COPIED] * len(MANY)
+    assert pulled.why
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_source_that_ends_in_the_middle_costs_what_had_not_come(
+    source: Node, target: Node, kind: str
+) -> None:
+    put(source, MANY)
+    be_impatient(target)
+    end = begin_pull(target, source, MANY, kind, bytes_per_s=16 * MIN_BYTES_PER_S)
+    wait_for(lambda: core_of(target).books().reserved_bytes)
+    source.stop()
+    pulled = end()
+    came = outcomes(pulled).count(Outcome.COPIED)
+    assert outcomes(pulled) == [Outcome.COPIED] * came + [Outcome.FAILED] * (len(MANY) - came)
+    assert came < len(MANY)
+    assert holds(target, MANY) == [True] * came + [False] * (len(MANY) - came)
+    assert core_of(target).books().reserved_bytes == 0
+
+
+def test_a_node_that_stops_ends_its_pulls(source: Node, target: Node) -> None:
+    put(source, KEYS)
+    begin_pull(target, source, KEYS, bytes_per_s=MIN_BYTES_PER_S)
+    wait_for(lambda: core_of(target).books().reserved_bytes)
+    target.stop()
+    assert target.wait(DEADLINE_S)
+    wait_for(lambda: not core_of(source).sessions)
+
+
+def test_a_pull_that_is_cancelled_ends_soon(source: Node, target: Node) -> None:
+    put(source, KEYS)
+    end = begin_pull(target, source, KEYS, bytes_per_s=MIN_BYTES_PER_S)
+    wait_for(lambda: core_of(target).books().reserved_bytes)
+    on(target, lambda: target.neighbours.puller.cancel("test", 1))
+    assert Outcome.CANCELLED in outcomes(end())
+    assert core_of(target).books().reserved_bytes == 0
+
+
+def pull_from(target: Node, name: str, endpoints: types_pb2.Endpoints) -> Pulled:
+    order = PullOrder(1, SPACE_ID, tuple(KEYS[:2]), name, endpoints, origin="test")
+    assert target._loop is not None
+    work = target.neighbours.puller.pull(order)
+    return asyncio.run_coroutine_threadsafe(work, target._loop).result(DEADLINE_S)
+
+
+def test_another_node_at_the_sources_address_is_not_the_source(source: Node, target: Node) -> None:
+    put(source, KEYS[:2])
+    be_impatient(target)
+    pulled = pull_from(target, "gone", source.endpoints)
+    assert outcomes(pulled) == [Outcome.FAILED] * 2
+    assert "is node source now" in pulled.why
+
+
+def test_a_node_that_cannot_be_reached_over_its_socket_is_over_tcp(
+    source: Node, target: Node
+) -> None:
+    put(source, KEYS[:2])
+    endpoints = types_pb2.Endpoints()
+    endpoints.CopyFrom(source.endpoints)
+    endpoints.unix_path += ".of-another-container"
+    assert outcomes(pull_from(target, "source", endpoints)) == [Outcome.COPIED] * 2
+
+
+# Who is a peer ------------------------------------------------------------------------
+
+
+def hello(node: Node, **options: Any) -> node_pb2.HelloResponse:
+    connection = Connection(f"unix:{node.endpoints.unix_path}", time.monotonic() + DEADLINE_S)
+    try:
+        request = node_pb2.HelloRequest(min_version=1, max_version=1, **options)
+        frame = connection.call("hello", request, time.monotonic() + DEADLINE_S)
+        return frame.hello_response
+    finally:
+        connection.close()
+
+
+def test_only_who_shows_the_fabrics_token_is_a_peer(source: Node) -> None:
+    with pytest.raises(Denied, match="wrong peer_token"):
+        hello(source, peer_token=b"q" * 32)
+    with pytest.raises(Denied, match="wrong peer_token"):
+        hello(source, peer_token=TOKEN[:-1])
+    assert hello(source, peer_token=TOKEN).node == "source"
+
+
+def test_a_node_without_a_token_has_no_peers(source: Node) -> None:
+    source.neighbours.learn_peer_token(b"")
+    with pytest.raises(Denied, match="has none yet"):
+        hello(source, peer_token=TOKEN)
+
+
+def test_a_peer_needs_no_clients_token(start: Start, target: Node) -> None:
+    guarded = start("source", KVFABRIC_TOKEN="of clients")
+    with pytest.raises(Denied, match="missing token"):
+        hello(guarded)
+    assert outcomes(pull(target, guarded, KEYS[:1])) == [Outcome.MISSING]
+
+
+def test_a_pull_without_a_token_fails_and_says_so(source: Node, target: Node) -> None:
+    be_impatient(target)
+    target.neighbours.learn_peer_token(b"")
+    pulled = pull(target, source, KEYS[:1])
+    assert outcomes(pulled) == [Outcome.FAILED]
+    assert "no peer_token" in pulled.why
+
+
+# Commands -----------------------------------------------------------------------------
+
+
+def obey(node: Node, epoch: int = 1, **what: Any) -> None:
+    command = control_pb2.Command(id=7, why="as the test says", **what)
+    on(node, lambda: node.neighbours.commands.obey([command], epoch))
+
+
+def pull_command(source: Node, keys: list[Key]) -> control_pb2.Command.Pull:
+    return control_pb2.Command.Pull(
+        namespace_id=SPACE_ID,
+        keys=b"".join(keys),
+        source=source.settings.node,
+        endpoints=source.endpoints,
+    )
+
+
+def drop_command(keys: list[Key]) -> control_pb2.Command.Drop:
+    return control_pb2.Command.Drop(namespace_id=SPACE_ID, keys=b"".join(keys))
+
+
+def holds(node: Node, keys: list[Key]) -> list[bool]:
+    return [core_of(node).shards.get(SPACE_ID, each) is not None for each in keys]
+
+
+def test_a_pull_that_is_commanded_again_and_again_is_one(source: Node, target: Node) -> None:
+    put(source, KEYS)
+    for epoch in (1, 1, 2):
+        obey(target, epoch, pull=pull_command(source, KEYS))
+    wait_for(lambda: all(holds(target, KEYS)))
+    assert sent_bytes(source) == len(KEYS) * SHARD_BYTES
+    assert len(on(target, lambda: target.neighbours.puller.pulls)) == 0
+
+
+def test_a_drop_waits_for_leases_and_spares_what_is_needed(source: Node) -> None:
+    put(source, KEYS[:4])
+    core = core_of(source)
+    on(source, lambda: core.shards.claim(SPACE_ID, KEYS[0]))
+    obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=True))
+    with room_of(source) as room, room.view(KEYS[2:3]):
+        obey(source, drop=drop_command(KEYS[:4]))
+        assert holds(source, KEYS[:4]) == [True, True, True, False]
+    wait_for(lambda: not holds(source, KEYS[2:3])[0])
+    assert holds(source, KEYS[:2]) == [True, True]
+    on(source, lambda: core.end_of_claim(SPACE_ID, KEYS[0], 0.0))
+    obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=False))
+    obey(source, drop=drop_command(KEYS[:4]))
+    assert not any(holds(source, KEYS[:4]))
+
+
+def test_a_shard_that_is_needed_again_before_its_leases_end_is_not_dropped(
+    source: Node,
+) -> None:
+    put(source, KEYS[:1])
+    with room_of(source) as room, room.view(KEYS[:1]):
+        obey(source, drop=drop_command(KEYS[:1]))
+        on(source, lambda: core_of(source).shards.claim(SPACE_ID, KEYS[0]))
+    wait_for(lambda: not source.neighbours.commands._dropping)
+    assert holds(source, KEYS[:1]) == [True]
+
+
+def test_a_command_that_makes_no_sense_harms_nobody(source: Node) -> None:
+    put(source, KEYS[:1])
+    obey(source, drop=control_pb2.Command.Drop(namespace_id=SPACE_ID, keys=b"short"))
+    obey(source)
+    assert holds(source, KEYS[:1]) == [True]
+    assert source.neighbours._handler.metrics.commands == {"drop": 1, "unknown": 1}
