@@ -33,9 +33,9 @@ class NodeSettings(BaseSettings):
     labels: dict[str, str] = Field(default_factory=dict)
     lend: Size | None = None  # lent to other nodes at most; default: half the memory
     keeper: bool = True  # a process that keeps the memory over a crash of this one
-    keep_s: float = Field(600.0, gt=0)  # how long it waits for the next start
+    keep_s: float = Field(default=600.0, gt=0)  # how long it waits for the next start
     keep_on_stop: bool = False  # it waits after an orderly stop, too
-    parallel_pulls: int = Field(2, ge=1, le=16)  # transfers from other nodes at once
+    parallel_pulls: int = Field(default=2, ge=1, le=16)  # transfers from other nodes at once
 
     @property
     def unix_path(self) -> Path:
