@@ -122,6 +122,11 @@ NODE_METRICS: tuple[Spec, ...] = (
         ("transport",),
     ),
     Spec("kvfabric_node_heartbeats_total", "counter", "Heartbeats by their answer.", ("outcome",)),
+    Spec("kvfabric_node_sequences", "gauge", "Open sequences."),
+    Spec("kvfabric_node_loans", "gauge", "Loans that have not ended, lent and borrowed."),
+    Spec("kvfabric_node_lent_bytes", "gauge", "Memory that is kept for other nodes."),
+    Spec("kvfabric_node_borrowed_bytes", "gauge", "Memory of other nodes that is used."),
+    Spec("kvfabric_node_pulls", "gauge", "Orders to copy shards from other nodes."),
     Spec("kvfabric_node_pulled_bytes_total", "counter", "Payload copied from other nodes."),
     Spec("kvfabric_node_pulled_seconds_total", "counter", "Time spent in copying it."),
     Spec(

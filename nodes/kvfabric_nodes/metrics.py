@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvfabric.metrics import NODE_METRICS, Histogram, Metrics
@@ -58,6 +59,7 @@ class NodeMetrics:
         self.heartbeats = {"ok": 0, "full": 0, "register": 0}
         self.pulls = PullTally()
         self.keeper = KeeperTally()
+        self.gauges: dict[str, Callable[[], float]] = {}  # of parts that are above this one
         self.commands: Counter[str] = Counter()  # of the manager, by kind
         self.incarnation = incarnation
         self._node = node
@@ -134,6 +136,8 @@ class NodeMetrics:
         ):
             for label, count in counts.items():
                 self._set(name, count, label)
+        for name, value in self.gauges.items():
+            self._set(name, value())
         self._set("pulled_bytes_total", self.pulls.moved.size_bytes)
         self._set("pulled_seconds_total", self.pulls.moved.seconds)
         for outcome, count in self.pulls.outcomes.items():

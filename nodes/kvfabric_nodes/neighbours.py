@@ -10,15 +10,21 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from kvfabric import failpoints
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric_nodes.commands import Commands
 from kvfabric_nodes.handler import Handler
 from kvfabric_nodes.heartbeat import Heartbeat
 from kvfabric_nodes.homing import Homing
+from kvfabric_nodes.lending import Lending
+from kvfabric_nodes.lending_calls import LendingCalls
 from kvfabric_nodes.peers import Peers
 from kvfabric_nodes.puller import Puller
 from kvfabric_nodes.pulls import PullLimits
+from kvfabric_nodes.seeking import Victims
 from kvfabric_nodes.settings import NodeSettings
+from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.terms import Identity, Terms
 from kvfabric_nodes.transfer import OnCore
 
 
@@ -31,6 +37,7 @@ class Neighbours:
         settings: NodeSettings,
         register: control_pb2.RegisterRequest,
         on_core: OnCore,
+        victims: Victims,
     ) -> None:
         self._handler = handler
         self.peers = Peers(settings.node, register.endpoints.host)
@@ -42,6 +49,13 @@ class Neighbours:
             self.heartbeat = self._hear_manager(settings.manager, register)
         inquiries = self.heartbeat.inquiries if self.heartbeat else None
         self.homing = Homing(handler.core, self.puller, inquiries)
+        me = Identity(register.node, register.incarnation, register.endpoints)
+        terms = Terms(cap_bytes=settings.lend_bytes)
+        self.lending = Lending(handler.core, me, terms, victims)
+        self.lending_calls = LendingCalls(
+            self.lending, self.peers, self.puller, handler.clock, inquiries
+        )
+        self._open_lending()
 
     def learn_peer_token(self, token: bytes) -> None:
         """What the nodes of this fabric show each other, as the manager says."""
@@ -49,16 +63,19 @@ class Neighbours:
 
     def tick(self, now_s: float) -> None:
         self.commands.tick(now_s)
+        self.lending_calls.tick(now_s)
         self.peers.sweep()
 
     def check(self) -> None:
         """Asserts the invariants of all parts."""
         self.puller.pulls.check()
+        self.lending.check()
 
     async def close(self) -> None:
         """While the core still answers: transfers end with their sessions."""
         ended = asyncio.get_running_loop().run_in_executor(None, self.peers.close)
         await self.puller.close()
+        await self.lending_calls.close()
         await ended
 
     def _hear_manager(self, manager: str, register: control_pb2.RegisterRequest) -> Heartbeat:
@@ -76,5 +93,25 @@ class Neighbours:
             told.append(heartbeat.poke)
         return heartbeat
 
+    def _open_lending(self) -> None:
+        lending, calls, metrics = self.lending, self.lending_calls, self._handler.metrics
+        self._handler.offer(calls.calls())
+        self._handler.core.on_dropped.append(_note_lent)
+        self.commands.lend = calls.command
+        self.homing.whereabouts = lending.whereabouts
+        metrics.gauges["lent_bytes"] = lambda: lending.lent_bytes
+        metrics.gauges["borrowed_bytes"] = lambda: lending.borrowed_bytes
+        metrics.gauges["loans"] = lambda: len(lending.loans().loan)
+        metrics.gauges["pulls"] = lambda: len(self.puller.pulls)
+        if self.heartbeat is not None:
+            self._handler.make_room = calls.make_room
+            self.heartbeat.reports.loans = lending.loans
+
     def _registered(self, answer: control_pb2.RegisterResponse) -> None:
         self.learn_peer_token(answer.peer_token)
+        self.lending.me.incarnation = self._handler.metrics.incarnation
+
+
+def _note_lent(shard: Shard, what: str, now_s: float) -> None:
+    if what == "lent":
+        failpoints.reach("borrow.dropped")

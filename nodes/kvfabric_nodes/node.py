@@ -151,10 +151,12 @@ class Node:
             server = self._open_wire(handler, stack)
             stack.push_async_callback(keeping.stop, keep=settings.keep_on_stop)
             register = self._registration(metrics)
-            self.neighbours = Neighbours(handler, settings, register, server.on_core)
+            self.neighbours = Neighbours(
+                handler, settings, register, server.on_core, self.sequences.victims
+            )
             stack.push_async_callback(self.neighbours.close)
             self._begin(self._tick(core, metrics))
-            self._introduce(self.neighbours)
+            self._introduce(self.neighbours, metrics)
             log.info("node_serves", node=settings.node, **_addresses(self.endpoints))
             self._started.set_result(None)
             await self._stopping.wait()
@@ -169,11 +171,14 @@ class Node:
         self.group_calls = GroupCalls(handler, self.groups, self.states, self.steps)
         handler.offer({**self.sequence_calls.calls(), **self.group_calls.calls()})
 
-    def _introduce(self, neighbours: Neighbours) -> None:
+    def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:
         """Sequences, groups and steps get to know the other nodes and the manager."""
         self.sequence_calls.room.fetch_home = neighbours.homing.fetch_home
+        self.sequence_calls.room.whereabouts = neighbours.lending.whereabouts
+        metrics.gauges["sequences"] = lambda: len(self.sequences.all)
         heartbeat = neighbours.heartbeat
         if heartbeat is not None:
+            self.sequence_calls.room.make_room = neighbours.lending_calls.make_room
             self.group_calls.places = heartbeat.inquiries.places
             heartbeat.reports.sequences = self.sequences.columns
             heartbeat.reports.steps = self.steps.take

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -170,6 +170,7 @@ class Peers:
 
     def __init__(self, node: str, host: str) -> None:
         self.peer_token = b""
+        self.met: Callable[[str, int], None] | None = None  # told of each session that begins
         self._node = node
         self._host = host
         self._lock = threading.Lock()
@@ -303,6 +304,8 @@ class Peers:
                     place.away_until_s = time.monotonic() + AWAY_S
                 continue
             if session.answer.node == node:
+                if self.met is not None:
+                    self.met(node, session.answer.incarnation)
                 return session
             session.close()
             failure = Unreachable(f"at {address} is node {session.answer.node} now, not {node}")
