@@ -18,12 +18,24 @@ class Batches:
         self._waiting: dict[NodeId, set[int]] = {}  # by source
         self._near: dict[NodeId, set[int]] = {}  # under way, by both nodes
         self._keys: set[tuple[NamespaceId, Key]] = set()
+        self._lingering: dict[tuple[NamespaceId, Key], float] = {}  # until when
 
     def __contains__(self, batch: Batch) -> bool:
         return batch.number in self._all
 
     def busy(self, namespace: NamespaceId, key: Key) -> bool:
-        return (namespace, key) in self._keys
+        """Whether no new batch may have the key: another one has it, or did a moment ago."""
+        return (namespace, key) in self._keys or (namespace, key) in self._lingering
+
+    def linger(self, batch: Batch, until_s: float) -> None:
+        """Nobody else may have the batch's keys before then, whatever becomes of the batch."""
+        for key in batch.keys:
+            self._lingering[batch.namespace, key] = until_s
+
+    def tick(self, now_s: float) -> None:
+        """Time has passed."""
+        for subject in [each for each, end_s in self._lingering.items() if end_s <= now_s]:
+            del self._lingering[subject]
 
     def wait(self, batch: Batch) -> None:
         """A new batch, whose keys are in no other, waits for its turn."""

@@ -146,6 +146,7 @@ class Batch:
     due_s: float = 0.0  # the next look
     deadline_s: float = 0.0  # of this step
     tries: int = 0
+    bytes_per_s: int = 0  # its share of the move's rate, as it was told first
     command: int = 0  # the latest that was posted
     shunned: set[NodeId] = field(default_factory=set)  # where it did not work
 

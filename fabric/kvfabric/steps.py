@@ -22,6 +22,7 @@ from kvfabric.types import Key, NamespaceId, NodeId
 RESEND_S = 10.0  # a command whose effect is not seen is given again
 COPY_TIMEOUT_S = 60.0  # without throttling
 DROP_TIMEOUT_S = 120.0  # leases end long before
+DROP_LIFE_S = 20.0  # from a drop's command to the latest moment at which a node may obey it
 MAX_TRIES = 4
 
 Where = dict[Key, set[NodeId]]
@@ -30,11 +31,15 @@ Where = dict[Key, set[NodeId]]
 class Steps:
     """See the module. Shares `loads` and `batches` with the mover that owns them."""
 
-    def __init__(self, cluster: sight.Cluster, loads: Loads, batches: Batches) -> None:
+    def __init__(
+        self, cluster: sight.Cluster, loads: Loads, batches: Batches, now_s: float
+    ) -> None:
         self._cluster = cluster
         self._loads = loads
         self._batches = batches
         self._numbers = itertools.count(1)
+        # Before, drops of a manager before this one may still be obeyed.
+        self._drops_from_s = now_s + DROP_LIFE_S
 
     # Copying
 
@@ -112,7 +117,8 @@ class Steps:
 
     def _pull(self, batch: Batch, keys: list[Key], now_s: float) -> None:
         assert batch.destination is not None
-        rate = batch.move.bytes_per_s
+        if not batch.bytes_per_s and batch.move.bytes_per_s:
+            batch.bytes_per_s = max(1, batch.move.bytes_per_s // self._sharing(batch.move))
         command = control_pb2.Command(
             why=f"{batch.move.kind} {batch.move.number}",
             pull=control_pb2.Command.Pull(
@@ -120,7 +126,7 @@ class Steps:
                 keys=b"".join(keys),
                 source=batch.source,
                 endpoints=self._cluster.members[batch.source].endpoints,
-                bytes_per_s=max(1, rate // self._sharing(batch.move)) if rate else 0,
+                bytes_per_s=batch.bytes_per_s,
                 priority=batch.move.priority,
                 evict=batch.evict,
             ),
@@ -168,7 +174,7 @@ class Steps:
             why = f"{batch.source} keeps its own: claimed, pinned or leased there"
             self.fail(batch, batch.keys, why)
             self.over(batch, MoveState.FAILED)
-        elif safe and now_s >= batch.due_s:
+        elif safe and now_s >= max(batch.due_s, self._drops_from_s):
             self._drop(batch, safe, now_s)
 
     def _may_drop(self, batch: Batch, nodes: Iterable[NodeId]) -> bool:
@@ -222,8 +228,14 @@ class Steps:
         batch.move.note(why)
 
     def over(self, batch: Batch, state: MoveState) -> None:
-        """The batch has ended; what it still wanted is called back."""
+        """The batch has ended; what it still wanted is called back.
+
+        A drop that was taken already cannot be: until it is void its keys are in no new batch,
+        which might count on the replica that is about to go.
+        """
         if batch.command and batch.keys:
             self._cluster.orders.withdraw([batch.command])
+            if batch.state is MoveState.DROPPING:
+                self._batches.linger(batch, batch.due_s + DROP_LIFE_S)
         self._loads.release(batch)
         self._batches.end(batch, state)

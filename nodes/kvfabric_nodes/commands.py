@@ -23,7 +23,7 @@ from kvfabric_nodes.shards import Shard
 log = structlog.get_logger(__name__)
 
 MAX_DROPS = 65_536  # shards that wait for their leases to end
-DROP_S = 60.0  # then a drop is forgotten: if it is still wanted, it comes again
+DROP_S = 15.0  # then a drop is forgotten: if it is still wanted, it comes again
 
 Lend = Callable[[control_pb2.Command, int, float], None]
 

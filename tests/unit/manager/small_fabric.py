@@ -106,7 +106,7 @@ class SmallFabric:
 
     def __init__(self, seed: int = 0, *, lost: float = 0.0, doubled: float = 0.0) -> None:
         self.chance = random.Random(seed)
-        self.now_s = 0.0
+        self.now_s = 100.0
         self.core = ManagerCore(SILENCE_S, 0.0)
         self.nodes: dict[NodeId, SmallNode] = {}
         self.lost_share, self.doubled_share = lost, doubled
@@ -305,7 +305,7 @@ class SmallFabric:
             elif subject in node.held and subject not in node.pinned | node.claimed:
                 self._may_go(node, subject, command.drop.cache_only, issued_s)
                 del node.held[subject]
-        if later and self.now_s - issued_s < 30.0:
+        if later and self.now_s - issued_s < 15.0:
             again = control_pb2.Command()
             again.CopyFrom(command)
             again.drop.keys = b"".join(later)
