@@ -50,7 +50,7 @@ class Neighbours:
         inquiries = self.heartbeat.inquiries if self.heartbeat else None
         self.homing = Homing(handler.core, self.puller, inquiries)
         me = Identity(register.node, register.incarnation, register.endpoints)
-        terms = Terms(cap_bytes=settings.lend_bytes)
+        terms = Terms(settings.lend_bytes, settings.loan_s, settings.recall_s)
         self.lending = Lending(handler.core, me, terms, victims)
         self.lending_calls = LendingCalls(
             self.lending, self.peers, self.puller, handler.clock, inquiries

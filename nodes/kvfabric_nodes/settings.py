@@ -32,6 +32,8 @@ class NodeSettings(BaseSettings):
     token: str = Field(default="", validation_alias="KVFABRIC_TOKEN")
     labels: dict[str, str] = Field(default_factory=dict)
     lend: Size | None = None  # lent to other nodes at most; default: half the memory
+    loan_s: float = Field(default=30.0, gt=0)  # a loan that is not renewed for so long is void
+    recall_s: float = Field(default=10.0, gt=0)  # what debtors have to make room elsewhere
     keeper: bool = True  # a process that keeps the memory over a crash of this one
     keep_s: float = Field(default=600.0, gt=0)  # how long it waits for the next start
     keep_on_stop: bool = False  # it waits after an orderly stop, too
