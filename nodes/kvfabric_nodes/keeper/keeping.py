@@ -301,23 +301,19 @@ class Keeping:
 
     def _encode(self, shard: Shard) -> bytes:
         extent, expires_s = shard.extent, shard.expires_s
-        return records.encode(
-            Record(
-                extent.segment,
-                extent.offset,
-                extent.size_bytes,
-                extent.generation,
-                shard.namespace,
-                shard.key,
-                shard.parent,
-                shard.pool[0],
-                shard.owner,
-                shard.size_bytes,
-                shard.layers,
-                shard.checksums,
-                None if expires_s is None else expires_s - self._clock.now() + time.time(),
-                shard.pinned,
-            )
+        return records.encode_fields(
+            extent.size_bytes,
+            extent.generation,
+            shard.namespace,
+            shard.key,
+            shard.parent,
+            shard.pool[0],
+            shard.owner,
+            shard.size_bytes,
+            shard.layers,
+            shard.checksums,
+            None if expires_s is None else expires_s - self._clock.now() + time.time(),
+            shard.pinned,
         )
 
 
