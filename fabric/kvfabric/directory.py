@@ -3,7 +3,7 @@
 Built for millions of keys: a key costs one dict entry whose value is a shared small
 integer, nothing that the garbage collector follows. Replacing or losing a whole
 node's inventory rewrites the places, not the keys; keys that are left without
-replicas are swept away later, a slice at a time.
+replicas are swept away later, a slice at a time. See `places` for the numbers' meaning.
 
 The caller says what a node holds and decides whom to believe; this only keeps books.
 """
@@ -11,30 +11,38 @@ The caller says what a node holds and decides whom to believe; this only keeps b
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kvfabric.errors import Broken
+from kvfabric.places import NOWHERE, Place, Places, Replica
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId, NodeId, Tier
 
-# A namespace's keys are spread over as many dicts, so that none is ever resized or
-# swept for longer than a few milliseconds.
+__all__ = ["BUCKETS", "Cursor", "Directory", "Inventory", "Located", "Lot", "Place", "Replica"]
+
+# A namespace's keys are spread over as many dicts, so that none is ever resized or swept for
+# longer than a few milliseconds. They get unequal shares, or all would be resized at once.
 BUCKETS = 64
 SWEEP_KEYS = 65_536
-_NOWHERE = 0
-_HASH_MASK = 2**64 - 1
+_FEW_PLACES = 4096  # so many are judged beforehand, where keys at some of them are wanted
+_HEADS = 2**64
+_KEYS = struct.Struct(f"{DIGEST_BYTES}s")
 
 
-class Replica(NamedTuple):
-    """One copy: on which node, in which tier."""
+def _bucket_table() -> bytes:
+    """The bucket of a key by its first two bytes, big-endian: the last gets twice the first's."""
+    shares = 2.0 ** (np.arange(BUCKETS) / BUCKETS)
+    ends = np.cumsum(shares) / shares.sum() * 65_536
+    numbers = np.searchsorted(ends, np.arange(65_536), side="right").clip(0, BUCKETS - 1)
+    return numbers.astype(np.uint8).tobytes()
 
-    node: NodeId
-    tier: Tier
 
-
-Place = tuple[Replica, ...]
-"""The replicas of a key, best first: fastest tier, then the node's name."""
+_BUCKET = _bucket_table()
+_BUCKETS = np.frombuffer(_BUCKET, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +59,12 @@ class Inventory:
     def plus(self, keys: bytes) -> Inventory:
         """With these keys (32 bytes each) too."""
         count = len(keys) // DIGEST_BYTES
-        return Inventory(self.count + count, (self.hash + _heads(keys)) & _HASH_MASK)
+        return Inventory(self.count + count, (self.hash + _heads(keys)) % _HEADS)
 
     def minus(self, keys: bytes) -> Inventory:
         """Without these keys (32 bytes each)."""
         count = len(keys) // DIGEST_BYTES
-        return Inventory(self.count - count, (self.hash - _heads(keys)) & _HASH_MASK)
+        return Inventory(self.count - count, (self.hash - _heads(keys)) % _HEADS)
 
 
 class Located(NamedTuple):
@@ -82,41 +90,16 @@ class Lot(NamedTuple):
     keys: list[Key]
 
 
-@dataclass(slots=True)
-class _Holder:
-    """One tier of one node, under one report: what places are made of.
-
-    `plus` and `minus` remember from which place to which a key moves when this
-    holder takes it or lets it go.
-    """
-
-    replica: Replica
-    shown: bool
-    count: int = 0
-    hash: int = 0
-    plus: dict[int, int] = field(default_factory=dict)
-    minus: dict[int, int] = field(default_factory=dict)
-
-
-_Holders = tuple[int, ...]  # ids of holders, ascending
-
-
 class Directory:
     """See the module. Not thread-safe: it belongs to the core that owns it."""
 
     def __init__(self) -> None:
         self._rooms: dict[NamespaceId, list[dict[bytes, int]]] = {}
-        self._holders: dict[int, _Holder] = {}
+        self._entries = 0  # keys in all rooms
+        self._places = Places()
         self._current: dict[NodeId, dict[Tier, int]] = {}
         self._drafts: dict[NodeId, dict[Tier, int]] = {}
-        # Several place ids may mean the same holders after one of them is gone;
-        # `_ids` has the one that new keys get, the sweep moves the others over.
-        self._places: dict[int, _Holders] = {_NOWHERE: ()}
-        self._ids: dict[_Holders, int] = {(): _NOWHERE}
-        self._counts: dict[int, int] = {_NOWHERE: 0}  # keys per place id; nowhere stays 0
-        self._shown: dict[int, Place] = {}
-        self._last_id = 0
-        self._unswept: dict[tuple[NamespaceId, int], None] = {}
+        self._unswept: dict[NamespaceId, int] = {}  # the first bucket that may be stale
 
     # What nodes hold
 
@@ -127,14 +110,13 @@ class Directory:
 
         With `draft` they join the node's draft: unseen until `publish`.
         """
+        if not keys:
+            return 0
         holder = self._holder_id(node, tier, self._drafts if draft else self._current, not draft)
         room = self._rooms.get(namespace)
         if room is None:
             room = self._rooms[namespace] = [{} for _ in range(BUCKETS)]
-        changed, heads = self._shift(room, keys, holder, adding=True)
-        self._holders[holder].count += changed
-        self._holders[holder].hash += heads
-        return changed
+        return self._shift(room, keys, holder, adding=True)
 
     def remove(
         self, node: NodeId, namespace: NamespaceId, tier: Tier, keys: bytes, *, draft: bool = False
@@ -144,9 +126,7 @@ class Directory:
         holder = (self._drafts if draft else self._current).get(node, {}).get(tier)
         if room is None or holder is None:
             return 0
-        changed, heads = self._shift(room, keys, holder, adding=False)
-        self._holders[holder].count -= changed
-        self._holders[holder].hash -= heads
+        changed = self._shift(room, keys, holder, adding=False)
         if changed and not any(room):
             self._drop_room(namespace)
         return changed
@@ -156,8 +136,7 @@ class Directory:
         old = self._current.pop(node, {})
         self._current[node] = self._drafts.pop(node, {})
         for holder in self._current[node].values():
-            self._holders[holder].shown = True
-        self._shown.clear()
+            self._places.show(holder)
         self._forget(old.values())
 
     def discard_draft(self, node: NodeId) -> None:
@@ -174,10 +153,10 @@ class Directory:
     def inventory(self, node: NodeId, *, draft: bool = False) -> Inventory:
         """What the node, or its draft, holds."""
         ids = (self._drafts if draft else self._current).get(node, {}).values()
-        holders = [self._holders[each] for each in ids]
+        holders = [self._places.holders[each] for each in ids]
         return Inventory(
             sum(holder.count for holder in holders),
-            sum(holder.hash for holder in holders) & _HASH_MASK,
+            sum(holder.hash for holder in holders) % _HEADS,
         )
 
     def sweep(self, limit_keys: int = SWEEP_KEYS) -> bool:
@@ -185,18 +164,16 @@ class Directory:
 
         Looks at `limit_keys` keys or one bucket, whichever is more.
         """
-        if not self._unswept:
-            return False
-        targets = {each: self._ids[holders] for each, holders in self._places.items()}
-        stale = {each: target for each, target in targets.items() if target != each}
         while self._unswept and limit_keys > 0:
-            namespace, number = next(iter(self._unswept))
-            del self._unswept[namespace, number]
+            namespace, number = next(iter(self._unswept.items()))
             bucket = self._rooms[namespace][number]
-            limit_keys -= len(bucket)
-            self._tidy(bucket, stale)
-        if not self._unswept:
-            self._tidy_tables()
+            limit_keys -= max(1, len(bucket))
+            self._tidy(bucket)
+            self._unswept[namespace] = number + 1
+            if not self._places.stale:
+                self._end_sweep(list(self._unswept))
+            elif number + 1 == BUCKETS:
+                self._end_sweep([namespace])
         return bool(self._unswept)
 
     # Where keys lie
@@ -206,48 +183,43 @@ class Directory:
         room = self._rooms.get(namespace)
         if room is None:
             return Located([] if prefix else [0] * len(keys), [])
-        ids: list[int] = []
-        places: dict[int, Place] = {}
-        for key in keys:
-            place = room[key[0] % BUCKETS].get(key, _NOWHERE)
-            if place not in places:
-                replicas = self._replicas(place)
-                if not replicas:
-                    place = _NOWHERE
-                    if prefix:
-                        break
-                else:
-                    places[place] = replicas
-            ids.append(place)
-        index = {place: number for number, place in enumerate(places)}
-        none = len(index)
-        return Located([index.get(place, none) for place in ids], list(places.values()))
+        if prefix:
+            found = (room[_BUCKET[key[0] << 8 | key[1]]].get(key, NOWHERE) for key in keys)
+            ids = list(itertools.takewhile(self._places.replicas, found))
+        else:
+            ids = [room[_BUCKET[key[0] << 8 | key[1]]].get(key, NOWHERE) for key in keys]
+        places = {place: self._places.replicas(place) for place in dict.fromkeys(ids)}
+        held = [place for place, replicas in places.items() if replicas]
+        index = {place: number for number, place in enumerate(held)}
+        none = len(held)
+        return Located([index.get(place, none) for place in ids], [places[place] for place in held])
 
     def find(
         self, prefix: bytes, namespace: NamespaceId | None, limit: int
     ) -> list[tuple[NamespaceId, Key, Place]]:
         """Up to `limit` keys that start with `prefix` (at least one byte) and have replicas.
 
-        In `namespace`, or in any. Looks through one bucket of each: for people, not
+        In `namespace`, or in any. Looks through a few buckets of each: for people, not
         for the way to a token.
         """
         found: list[tuple[NamespaceId, Key, Place]] = []
+        low, high = prefix[:2].ljust(2, b"\0"), prefix[:2].ljust(2, b"\xff")
+        numbers = range(_BUCKET[int.from_bytes(low)], _BUCKET[int.from_bytes(high)] + 1)
         for room in sorted(self._rooms) if namespace is None else (namespace,):
-            buckets = self._rooms.get(room)
-            bucket = buckets[prefix[0] % BUCKETS] if buckets else {}
-            for key, place in bucket.items():
-                if key.startswith(prefix) and (replicas := self._replicas(place)):
-                    found.append((room, Key(key), replicas))
-                    if len(found) == limit:
-                        return found
+            for number in numbers if room in self._rooms else ():
+                for key, place in self._rooms[room][number].items():
+                    if key.startswith(prefix) and (replicas := self._places.replicas(place)):
+                        found.append((room, Key(key), replicas))
+                        if len(found) == limit:
+                            return found
         return found
 
     def count(self, wanted: Callable[[Place], bool]) -> int:
         """How many keys lie at places that are `wanted`. Asks once per place, not per key."""
         return sum(
             count
-            for place, count in self._counts.items()
-            if count and (replicas := self._replicas(place)) and wanted(replicas)
+            for place, count in self._places.counts()
+            if (replicas := self._places.replicas(place)) and wanted(replicas)
         )
 
     def pick(
@@ -265,17 +237,28 @@ class Directory:
         between two calls: of keys that come or go meanwhile, and of those behind them, some
         may be missed. Who needs all walks until a whole walk finds none.
         """
-        places = {
-            place: replicas
-            for place in self._places
-            if self._counts[place] and (replicas := self._replicas(place)) and wanted(replicas)
-        }
+        places: dict[int, Place] = {}
+        judged: set[int] = set()
+
+        def judge(numbers: Iterable[int]) -> None:
+            fresh = judged.symmetric_difference(judged.union(numbers))
+            judged.update(fresh)
+            for number in fresh:
+                replicas = self._places.replicas(number)
+                if replicas and wanted(replicas):
+                    places[number] = replicas
+
+        few = len(self._places) <= _FEW_PLACES
+        if few:
+            judge(self._places)
         found: dict[tuple[NamespaceId, int], list[Key]] = {}
         at = self._next_bucket(after or Cursor(namespace or NamespaceId(b""), 0), namespace)
-        while at is not None and places and limit_keys > 0:
+        while at is not None and limit_keys > 0 and (places or not few):
             bucket = self._rooms[at.namespace][at.bucket]
             end = min(len(bucket), at.offset + limit_keys)
             limit_keys -= max(1, end - at.offset)
+            if not few:
+                judge(itertools.islice(bucket.values(), at.offset, end))
             for key, place in itertools.islice(bucket.items(), at.offset, end):
                 if place in places:
                     found.setdefault((at.namespace, place), []).append(Key(key))
@@ -284,7 +267,7 @@ class Directory:
             else:
                 at = self._next_bucket(Cursor(at.namespace, at.bucket + 1), namespace)
         lots = [Lot(room, places[place], keys) for (room, place), keys in found.items()]
-        return lots, at if places else None
+        return lots, at if places or not few else None
 
     def _next_bucket(self, at: Cursor, only: NamespaceId | None) -> Cursor | None:
         """The first bucket that is there at `at` or behind it; in namespace `only`, if given."""
@@ -298,185 +281,145 @@ class Directory:
     @property
     def keys(self) -> int:
         """Keys with at least one replica."""
-        return sum(count for place, count in self._counts.items() if self._replicas(place))
+        return self._entries - self._places.hidden
 
     @property
     def replicas(self) -> int:
         """Replicas of all keys."""
-        return sum(holder.count for holder in self._holders.values() if holder.shown)
+        return sum(holder.count for holder in self._places.holders.values() if holder.shown)
 
     def check(self) -> None:
         """Broken unless every book equals what the keys themselves say. Reads every key."""
-        counts = dict.fromkeys(self._places, 0)
-        held = {holder: [0, 0] for holder in self._holders}
+        counts: dict[int, int] = {}
+        heads: dict[int, int] = {}
         for namespace, room in self._rooms.items():
             _require(len(room) == BUCKETS, f"{namespace.hex()} has {len(room)} buckets")
+            _require(
+                any(room) or namespace in self._unswept, f"{namespace.hex()} is kept without keys"
+            )
+            first = self._unswept.get(namespace, BUCKETS)
             for number, bucket in enumerate(room):
                 for key, place in bucket.items():
-                    _require(key[0] % BUCKETS == number, f"{key.hex()} lies in the wrong bucket")
-                    _require(place in counts, f"{key.hex()} lies at a forgotten place")
-                    counts[place] += 1
-                    for each in self._places[place]:
-                        held[each][0] += 1
-                        held[each][1] += int.from_bytes(key[:8], "little")
-        _require(counts == self._counts, "keys per place are miscounted")
-        for number, holder in self._holders.items():
-            _require(held[number] == [holder.count, holder.hash], f"{holder.replica} is miscounted")
-        self._check_tables()
+                    _require(_bucket_of(key) == number, f"{key.hex()} lies in the wrong bucket")
+                    _require(
+                        number >= first or place not in self._places.stale,
+                        f"{key.hex()} lies at a stale place that no sweep will reach",
+                    )
+                    counts[place] = counts.get(place, 0) + 1
+                    heads[place] = heads.get(place, 0) + int.from_bytes(key[:8], "little")
+        _require(self._entries == sum(counts.values()), "keys are miscounted")
+        _require(self._unswept.keys() <= self._rooms.keys(), "a room that is gone is to be swept")
+        self._places.check(counts, heads)
+        self._check_holders()
 
     # Books
 
     def _shift(
-        self, room: list[dict[bytes, int]], keys: bytes, holder: int, *, adding: bool
-    ) -> tuple[int, int]:
-        """Moves keys to the place with (or without) `holder`. Returns (moved, sum of heads)."""
-        steps = self._holders[holder].plus if adding else self._holders[holder].minus
-        moved: dict[int, int] = {}  # keys by the place that they leave
-        heads = 0
-        for first in range(0, len(keys), DIGEST_BYTES):
-            key = keys[first : first + DIGEST_BYTES]
-            bucket = room[key[0] % BUCKETS]
-            old = bucket.get(key, _NOWHERE)
+        self, room: list[dict[bytes, int]], keys: bytes, number: int, *, adding: bool
+    ) -> int:
+        """Moves keys to the place with (or without) a holder. Returns how many moved."""
+        steps: dict[int, int] = {}
+        moves: dict[int, int] = {}  # keys by the place that they leave
+        unmoved: list[bytes] = []
+        buckets = map(room.__getitem__, _bucket_numbers(keys))
+        for (key,), bucket in zip(_KEYS.iter_unpack(keys), buckets, strict=True):
+            old = bucket.get(key, NOWHERE)
             new = steps.get(old)
             if new is None:
-                new = steps[old] = self._neighbour(old, holder, adding=adding)
+                new = steps[old] = self._places.neighbour(old, number, adding=adding)
             if new == old:
+                unmoved.append(key)
                 continue
-            if new == _NOWHERE:
+            if new == NOWHERE:
                 del bucket[key]
             else:
                 bucket[key] = new
-            moved[old] = moved.get(old, 0) + 1
-            heads += int.from_bytes(key[:8], "little")
-        for old, count in moved.items():
-            self._count(old, -count)
-            self._count(steps[old], count)
-        return sum(moved.values()), heads
-
-    def _neighbour(self, place: int, holder: int, *, adding: bool) -> int:
-        """The id of `place` with or without `holder`; `place` itself where nothing changes."""
-        holders = self._places[place]
-        if (holder in holders) == adding:
-            return place
-        if adding:
-            return self._place_id(tuple(sorted((*holders, holder))))
-        return self._place_id(tuple(each for each in holders if each != holder))
-
-    def _place_id(self, holders: _Holders) -> int:
-        place = self._ids.get(holders)
-        if place is None:
-            self._last_id += 1
-            place = self._ids[holders] = self._last_id
-            self._places[place] = holders
-            self._counts[place] = 0
-        return place
+            moves[old] = moves.get(old, 0) + 1
+        self._entries += self._places.moved({(old, steps[old]): n for old, n in moves.items()})
+        holder = self._places.holders[number]
+        changed = len(keys) // DIGEST_BYTES - len(unmoved)
+        heads = _heads(keys) - _heads(b"".join(unmoved))
+        holder.count += changed if adding else -changed
+        holder.hash = (holder.hash + (heads if adding else -heads)) % _HEADS
+        return changed
 
     def _holder_id(
         self, node: NodeId, tier: Tier, books: dict[NodeId, dict[Tier, int]], shown: bool
     ) -> int:
         tiers = books.setdefault(node, {})
         if tier not in tiers:
-            self._last_id += 1
-            tiers[tier] = self._last_id
-            self._holders[self._last_id] = _Holder(Replica(node, tier), shown)
+            tiers[tier] = self._places.open(Replica(node, tier), shown=shown)
         return tiers[tier]
-
-    def _count(self, place: int, change: int) -> None:
-        if place != _NOWHERE:
-            self._counts[place] += change
-
-    def _replicas(self, place: int) -> Place:
-        replicas = self._shown.get(place)
-        if replicas is None:
-            holders = (self._holders[each] for each in self._places[place])
-            shown = (holder.replica for holder in holders if holder.shown)
-            replicas = tuple(sorted(shown, key=lambda each: (each.tier, each.node)))
-            self._shown[place] = replicas
-        return replicas
 
     # Tidying
 
     def _forget(self, holders: Iterable[int]) -> None:
-        """These holders are gone: every place is rewritten without them."""
-        gone = set(holders)
+        """These holders are gone: keys at places with them are tidied up later."""
+        gone = list(holders)
         if not gone:
             return
-        for each in gone:
-            del self._holders[each]
-        for place, old in list(self._places.items()):
-            if gone.isdisjoint(old):
-                continue
-            left = tuple(each for each in old if each not in gone)
-            self._places[place] = left
-            if self._ids.get(old) == place:
-                del self._ids[old]
-        self._tidy_tables()
-        if any(self._ids[holders] != place for place, holders in self._places.items()):
-            for namespace in self._rooms:
-                self._unswept.update(((namespace, number), None) for number in range(BUCKETS))
+        self._places.forget(gone)
+        if self._places.stale:
+            self._unswept = dict.fromkeys(self._rooms, 0)
 
-    def _tidy(self, bucket: dict[bytes, int], stale: dict[int, int]) -> None:
-        """Moves the bucket's keys from places that are not current to those that are."""
-        for key, place in [item for item in bucket.items() if item[1] in stale]:
-            target = stale[place]
-            if target == _NOWHERE:
+    def _tidy(self, bucket: dict[bytes, int]) -> None:
+        """Moves the bucket's keys from stale places to those that are current."""
+        stale = self._places.stale
+        keys = [key for key, place in bucket.items() if place in stale]
+        targets: dict[int, int] = {}
+        moves: dict[tuple[int, int], int] = {}
+        for key in keys:
+            place = bucket[key]
+            target = targets.get(place)
+            if target is None:
+                target = targets[place] = self._places.current(place)
+            if target == place:
+                continue
+            if target == NOWHERE:
                 del bucket[key]
             else:
                 bucket[key] = target
-            self._count(place, -1)
-            self._count(target, 1)
+            moves[place, target] = moves.get((place, target), 0) + 1
+        self._entries += self._places.moved(moves)
 
-    def _tidy_tables(self) -> None:
-        """Drops places without keys and rooms without keys, and everything remembered of them."""
-        for place, holders in list(self._places.items()):
-            if place != _NOWHERE and self._counts[place] == 0:
-                del self._places[place], self._counts[place]
-                if self._ids.get(holders) == place:
-                    del self._ids[holders]
-        # Where no place with these holders is the one that new keys get, this becomes it.
-        for place, holders in self._places.items():
-            self._ids.setdefault(holders, place)
-        for namespace in [each for each, room in self._rooms.items() if not any(room)]:
-            self._drop_room(namespace)
-        for holder in self._holders.values():
-            holder.plus.clear()
-            holder.minus.clear()
-        self._shown.clear()
+    def _end_sweep(self, namespaces: Iterable[NamespaceId]) -> None:
+        for namespace in namespaces:
+            del self._unswept[namespace]
+            if not any(self._rooms[namespace]):
+                self._drop_room(namespace)
 
     def _drop_room(self, namespace: NamespaceId) -> None:
         del self._rooms[namespace]
-        for number in range(BUCKETS):
-            self._unswept.pop((namespace, number), None)
+        self._unswept.pop(namespace, None)
 
-    def _check_tables(self) -> None:
+    def _check_holders(self) -> None:
+        holders = self._places.holders
         owners = [
             holder
             for books in (self._current, self._drafts)
             for tiers in books.values()
             for holder in tiers.values()
         ]
-        _require(sorted(owners) == sorted(self._holders), "a holder has no node, or two")
+        _require(sorted(owners) == sorted(holders), "a holder has no node, or two")
         for tiers in self._current.values():
-            _require(all(self._holders[each].shown for each in tiers.values()), "hidden replicas")
+            _require(all(holders[each].shown for each in tiers.values()), "hidden replicas")
         for tiers in self._drafts.values():
-            _require(not any(self._holders[each].shown for each in tiers.values()), "shown draft")
-        for holders, place in self._ids.items():
-            _require(self._places[place] == holders, f"place {place} has two meanings")
-        for place, holders in self._places.items():
-            _require(set(holders) <= set(self._holders), f"place {place} has a dead holder")
-            _require(holders in self._ids, f"place {place} cannot be reached")
-        stale = any(
-            self._ids[holders] != place and self._counts[place]
-            for place, holders in self._places.items()
-        )
-        _require(bool(self._unswept) or not stale, "stale places that no sweep will reach")
+            _require(not any(holders[each].shown for each in tiers.values()), "shown draft")
+
+
+def _bucket_of(key: bytes) -> int:
+    return _BUCKET[key[0] << 8 | key[1]]
+
+
+def _bucket_numbers(keys: bytes) -> list[int]:
+    heads = np.frombuffer(keys, ">u2")[:: DIGEST_BYTES // 2]
+    numbers: list[int] = _BUCKETS[heads].tolist()
+    return numbers
 
 
 def _heads(keys: bytes) -> int:
-    return sum(
-        int.from_bytes(keys[first : first + 8], "little")
-        for first in range(0, len(keys), DIGEST_BYTES)
-    )
+    """The sum of the keys' first 8 bytes, little-endian, modulo 2^64."""
+    return int(np.frombuffer(keys, "<u8")[:: DIGEST_BYTES // 8].sum(dtype=np.uint64))
 
 
 def _require(holds: bool, otherwise: str) -> None:
