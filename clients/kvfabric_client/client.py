@@ -23,8 +23,8 @@ from kvfabric.types import DEFAULT_TENANT, Key, Namespace, NamespaceId
 from kvfabric_client import discovery
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.discovery import address_of
-from kvfabric_client.handoff import Holds
 from kvfabric_client.ended import ended_sessions
+from kvfabric_client.handoff import Holds
 from kvfabric_client.link import Link
 from kvfabric_client.manager import Manager
 from kvfabric_client.renewals import Renewals
@@ -258,7 +258,12 @@ class Client:
         """Every node that may be written to: this host's first, then all that the manager knows
         to be alive and not being drained."""
         infos = self.fleet(deadline)
-        full = {address_of(info) for info in infos.values() if info.draining or not info.alive}
+        full = {
+            address
+            for info in infos.values()
+            if info.draining or not info.alive
+            for address in (address_of(info), f"tcp:{info.endpoints.tcp_address}")
+        }
         near = [address for address in self._candidates() if address not in full]
         far = [address_of(info) for info in infos.values()]
         return near + [a for a in far if a and a not in full and a not in near]
@@ -274,8 +279,9 @@ class Client:
         return address_of(info) if info is not None and info.alive else ""
 
     def is_draining(self, node: str, deadline: Deadline) -> bool:
-        """Whether the manager is emptying this node; false where it cannot be asked."""
-        info = self.fleet(deadline, anew=True).get(node)
+        """Whether the manager is emptying this node, as it said a moment ago; false where it
+        cannot be asked."""
+        info = self.fleet(deadline).get(node)
         return info is not None and info.draining
 
     def fleet(self, deadline: Deadline, *, anew: bool = False) -> dict[str, control_pb2.NodeInfo]:

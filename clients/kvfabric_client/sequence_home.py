@@ -210,13 +210,18 @@ class Opening:
     blocks: Sequence[Sealed]
     idle_s: float
 
-    def at(self, address: str, deadline: Deadline, *, resume: int = 0) -> tuple[Home, int]:
+    def at(
+        self, address: str, deadline: Deadline, *, resume: int = 0, but: str = ""
+    ) -> tuple[Home, int]:
         """At one node: its writer's side, and the tokens up to the first block that nobody has.
 
         `resume`: a sequence that this node still has, whose writer had gone, instead of a new one.
+        Retry where this is the node of the name `but`.
         """
 
         def call(link: Link) -> tuple[Home, int]:
+            if link.node == but:
+                raise Retry(f"node {but} is to be left")
             link.open(self.room.namespace, self.room.id, deadline.at_s)
             answer = link.call("open_sequence", self._request(resume), deadline.at_s)
             opened = answer.open_sequence_response
@@ -229,14 +234,12 @@ class Opening:
             home.truncate(length, deadline)  # what follows a hole is to be computed again
         return home, length
 
-    def anywhere(self, deadline: Deadline, *, but: Sequence[str] = ()) -> tuple[Home, int]:
-        """At the first node that takes it, those of this host first. `but`: not at these."""
+    def anywhere(self, deadline: Deadline, *, but: str = "") -> tuple[Home, int]:
+        """At the first node that takes it, those of this host first. `but`: not at this one."""
         failure: FabricError | None = None
         for address in self.room.client.addresses(deadline):
-            if address in but:
-                continue
             try:
-                return self.at(address, deadline)
+                return self.at(address, deadline, but=but)
             except Retry as error:
                 deadline.check()
                 failure = failure or error

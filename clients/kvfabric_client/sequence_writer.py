@@ -7,12 +7,14 @@ lost the node is asked how it stands; after a session that ended the sequence is
 from __future__ import annotations
 
 import contextlib
+import time
 from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from kvfabric.errors import Conflict, FabricError, Refused, Retry, Unreachable
 from kvfabric.logs import guest_logger
+from kvfabric.types import BATCH_KEYS
 from kvfabric_client.block_reader import Reader
 from kvfabric_client.blocks import Bytes, RawSource, Source
 from kvfabric_client.deadline import Deadline
@@ -27,6 +29,9 @@ log = guest_logger(__name__)
 T = TypeVar("T")
 
 OPEN_BYTES = 32 << 20  # of blocks that one append of all layers keeps open at once
+KNOWN_WAIT_S = 3.0  # several heartbeats
+KNOWN_LOOK_S = 0.02
+STAY_S = 5.0  # before a node that is being drained is tried to be left again
 MAX_MOVES = 3  # to other nodes, within one call
 
 
@@ -42,6 +47,7 @@ class Writer:
         self.shape = outline.shape
         self.home = home
         self.unsure = False  # the last call's answer is not known
+        self.stays_until_s = 0.0  # there was no other node to go to
 
     # Being ready --------------------------------------------------------------------
 
@@ -66,18 +72,29 @@ class Writer:
         before = self.outline.length
         opening = self._opening()
         try:
-            home, length = opening.at(self.home.address, deadline, resume=self.home.sequence)
-            self.home = home
+            self.home, _ = opening.at(self.home.address, deadline, resume=self.home.sequence)
             self._agree(deadline)
         except FabricError:
             deadline.check()
-            home, length = self._opening().anywhere(deadline)
+            lost = self.home.node
+            self.home, length = self._opening().anywhere(deadline)
             self.outline.truncate(length)
-            self.home = home
             self.unsure = False
+            if self.home.node != lost:
+                self._give_up(lost, deadline)
         log.warning(
-            "sequence_reopened", node=home.node, tokens=length, lost=before - self.outline.length
+            "sequence_reopened",
+            node=self.home.node,
+            tokens=self.outline.length,
+            lost=before - self.outline.length,
         )
+
+    def _give_up(self, node: str, deadline: Deadline) -> None:
+        """The directory may not know yet that this node has gone; what only it had is lost."""
+        places = self.home.describe(deadline).nodes
+        gone = next((i for i, place in enumerate(places) if place in (node, "")), len(places))
+        if gone < len(places):
+            self.truncate(self.outline.blocks[gone].start, deadline)
 
     def _opening(self) -> Opening:
         return Opening(self.room, self.shape, list(self.outline.blocks), self.home.idle_s)
@@ -112,10 +129,14 @@ class Writer:
         return answer
 
     def move(self, deadline: Deadline) -> None:
-        """Seals what is open and goes on at another node, with the same blocks."""
+        """Seals what is open and goes on at another node, with the same blocks.
+
+        Waits until the directory knows these: the other node has no other way to find them.
+        """
         self.seal(deadline, short=True)
         old = self.home
-        home, length = self._opening().anywhere(deadline, but=(old.address,))
+        self._wait_until_known(deadline)
+        home, length = self._opening().anywhere(deadline, but=old.node)
         if length < self.outline.length:
             log.warning("sequence_moved", node=home.node, lost=self.outline.length - length)
             self.outline.truncate(length)
@@ -124,6 +145,23 @@ class Writer:
             old.close(deadline.extended(), drop=False)
         except FabricError as error:
             log.debug("not_closed", node=old.node, why=str(error), effect="ends when it is idle")
+
+    def _wait_until_known(self, deadline: Deadline) -> None:
+        """Retry where the directory does not learn of the sequence's blocks in time."""
+        keys = [block.key for block in self.outline.blocks]
+        until_s = min(deadline.at_s, time.monotonic() + KNOWN_WAIT_S)
+        while keys:
+            some = keys[-BATCH_KEYS:]
+            names = self.room.client.manager().locate(self.room.id, some, deadline)
+            if all(names):
+                keys = keys[:-BATCH_KEYS]
+            elif time.monotonic() < until_s:
+                time.sleep(KNOWN_LOOK_S)
+            else:
+                raise Retry(
+                    f"{names.count('')} blocks of the sequence are not in the directory after "
+                    f"{KNOWN_WAIT_S:.0f} s, so that no other node could find them"
+                )
 
     # Appending ----------------------------------------------------------------------
 
@@ -180,23 +218,33 @@ class Writer:
         self.seal(deadline)
 
     def _open(self, at: int, end: int, layer: int | None, deadline: Deadline) -> int:
-        """Has blocks open for tokens from `at` up to `end`; answers how far they reach.
-
-        Retry where there is no room. A node that is being drained is left; that may have cost
-        tokens, so that the answer is `at`: look again.
-        """
+        """Has blocks open for tokens from `at` up to `end`; answers how far they reach, or `at`
+        where the sequence has gone to another node: look again. Retry where there is no room."""
         wanted = self.outline.blocks_for(end)
         if layer is None:
             some = max(1, OPEN_BYTES // self.shape.size_bytes)
             wanted = min(wanted, self.outline.blocks_for(at + 1) + some - 1)
         if len(self.home.tails) < wanted:
+            if self._leaves(deadline):
+                return at
             reason = self.certainly(lambda: self.home.extend(wanted, deadline))
             if self._reach() <= at:
-                if not self.room.client.is_draining(self.home.node, deadline):
-                    raise Retry(f"node {self.home.node} has no room for more tokens: {reason}")
-                self.move(deadline)
-                return at
+                raise Retry(f"node {self.home.node} has no room for more tokens: {reason}")
         return min(end, self._reach())
+
+    def _leaves(self, deadline: Deadline) -> bool:
+        """Whether the node is being drained and another one has taken the sequence."""
+        now_s = time.monotonic()
+        if now_s < self.stays_until_s or not self.room.client.is_draining(self.home.node, deadline):
+            return False
+        try:
+            self.move(deadline)
+        except Retry as error:
+            deadline.check()
+            self.stays_until_s = now_s + STAY_S
+            log.warning("not_moved", node=self.home.node, why=str(error), effect="tried again")
+            return False
+        return True
 
     def _reach(self) -> int:
         """Where the open blocks end."""
