@@ -315,10 +315,13 @@ class Client:
     def _link(self, address: str, deadline: Deadline) -> Link:
         with self._lock:
             link = self._links.get(address)
-        if link is not None and link.alive():
-            if ended_sessions.any:
-                link.confess(deadline.at_s)
-            return link
+        if link is None or not link.alive():
+            link = self._fresh_link(address, deadline)
+        if ended_sessions.any:
+            link.confess(deadline.at_s)
+        return link
+
+    def _fresh_link(self, address: str, deadline: Deadline) -> Link:
         fresh = Link(address, self._principal, self._token, deadline.at_s, checked=self.checksums)
         with self._lock:
             current = self._links.get(address)
