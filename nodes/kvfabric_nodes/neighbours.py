@@ -41,7 +41,8 @@ class Neighbours:
     ) -> None:
         self._handler = handler
         self.peers = Peers(settings.node, register.endpoints.host)
-        limits = PullLimits(parallel=settings.parallel_pulls)
+        parallel = settings.parallel_pulls
+        limits = PullLimits(parallel=parallel, throttled=parallel - 1)
         self.puller = Puller(handler, self.peers, on_core, limits)
         self.commands = Commands(handler, self.puller)
         self.heartbeat: Heartbeat | None = None

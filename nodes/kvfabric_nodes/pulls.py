@@ -84,6 +84,11 @@ class Throttle:
         self.bytes_per_s = max(bytes_per_s, MIN_BYTES_PER_S) if bytes_per_s else 0
         self._paid_until_s = float("-inf")
 
+    @property
+    def on(self) -> bool:
+        """Whether there is a limit."""
+        return self.bytes_per_s > 0
+
     def take(self, size_bytes: int, now_s: float) -> float:
         """Books these bytes; answers how many seconds from now they may move."""
         if not self.bytes_per_s:
@@ -114,7 +119,9 @@ class Batch:
 class PullLimits:
     """Every limit of the queue, by name."""
 
-    parallel: int = 2  # batches at once
+    parallel: int = 4  # batches at once
+    throttled: int = 3  # of these: somebody who waits for room must not wait for a slow one
+    unthrottled: int = 2  # of these: more would only get in each other's way
     orders: int = 1024
     keys: int = 262_144  # of all orders together
     attempts: int = 6  # without any progress
@@ -148,7 +155,7 @@ class Pulls:
         self.results: list[Pulled] = []
         self._works: dict[tuple[str, int], _Work] = {}
         self._flying: set[tuple[NamespaceId, Key]] = set()
-        self._running = 0
+        self._running = {True: 0, False: 0}  # batches under way, throttled and not
         self._keys = 0  # of all works
         self._turns = 0
 
@@ -159,7 +166,7 @@ class Pulls:
     @property
     def running(self) -> int:
         """Batches under way."""
-        return self._running
+        return sum(self._running.values())
 
     def add(self, order: PullOrder, now_s: float) -> bool:
         """Takes an order in; False where it is at work already. Retry where too many are."""
@@ -195,12 +202,14 @@ class Pulls:
     def start(self, now_s: float) -> list[Batch]:
         """The batches that begin now: the most urgent orders first, equals in turn."""
         batches: list[Batch] = []
-        if self._running >= self.limits.parallel:
+        most = {True: self.limits.throttled, False: self.limits.unthrottled}
+        if self.running >= self.limits.parallel:
             return batches
         for work in sorted(self._works.values(), key=lambda w: (w.order.priority, w.turn)):
-            if self._running >= self.limits.parallel:
+            if self.running >= self.limits.parallel:
                 break
-            if work.batch is None and work.retry_at_s <= now_s:
+            slow = work.throttle.on
+            if work.batch is None and work.retry_at_s <= now_s and self._running[slow] < most[slow]:
                 self._start(work, batches)
         return batches
 
@@ -221,7 +230,7 @@ class Pulls:
         work = self._works[batch.order.origin, batch.order.id]
         assert work.batch is batch
         work.batch = None
-        self._running -= 1
+        self._running[work.throttle.on] -= 1
         self._flying.difference_update((batch.order.namespace, key) for key in batch.keys)
         work.size_bytes += size_bytes
         work.outcomes.update(verdicts)
@@ -245,7 +254,10 @@ class Pulls:
     def check(self) -> None:
         """Asserts all invariants."""
         batches = [work.batch for work in self._works.values() if work.batch is not None]
-        assert self._running == len(batches) <= self.limits.parallel
+        assert self.running == len(batches) <= self.limits.parallel
+        slow = sum(batch.throttle.on for batch in batches)
+        assert self._running[True] == slow <= self.limits.throttled
+        assert self._running[False] == len(batches) - slow <= self.limits.unthrottled
         flying = [(batch.order.namespace, key) for batch in batches for key in batch.keys]
         assert len(flying) == len(self._flying)
         assert set(flying) == self._flying
@@ -274,7 +286,7 @@ class Pulls:
         work.turn = self._turns
         work.batch = Batch(work.order, tuple(chosen), work.throttle)
         self._flying.update((namespace, key) for key in chosen)
-        self._running += 1
+        self._running[work.throttle.on] += 1
         batches.append(work.batch)
 
     def _end_if_done(self, work: _Work, now_s: float) -> None:

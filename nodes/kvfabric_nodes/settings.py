@@ -37,7 +37,7 @@ class NodeSettings(BaseSettings):
     keeper: bool = True  # a process that keeps the memory over a crash of this one
     keep_s: float = Field(default=600.0, gt=0)  # how long it waits for the next start
     keep_on_stop: bool = False  # it waits after an orderly stop, too
-    parallel_pulls: int = Field(default=2, ge=1, le=16)  # transfers from other nodes at once
+    parallel_pulls: int = Field(default=4, ge=2, le=16)  # transfers from other nodes at once
 
     @property
     def unix_path(self) -> Path:

@@ -34,7 +34,16 @@ REPAIR, MOVE, BALANCE = (
     control_pb2.PRIORITY_MOVE,
     control_pb2.PRIORITY_BALANCE,
 )
-LIMITS = PullLimits(parallel=2, orders=8, keys=400, attempts=3, retry_s=1.0, retry_most_s=4.0)
+LIMITS = PullLimits(
+    parallel=3,
+    throttled=2,
+    unthrottled=2,
+    orders=8,
+    keys=400,
+    attempts=3,
+    retry_s=1.0,
+    retry_most_s=4.0,
+)
 
 
 def order(
@@ -43,6 +52,7 @@ def order(
     *,
     priority: int = MOVE,
     space: NamespaceId | None = None,
+    bytes_per_s: int = 0,
 ) -> PullOrder:
     return PullOrder(
         number,
@@ -50,6 +60,7 @@ def order(
         tuple(key(k) for k in keys),
         "source",
         types_pb2.Endpoints(),
+        bytes_per_s=bytes_per_s,
         priority=priority,
         origin="test",
     )
@@ -79,6 +90,14 @@ def test_the_most_urgent_orders_go_first_and_no_more_than_two_at_once(pulls: Pul
     assert pulls.start(0.0) == []
     copied(pulls, first)
     assert [batch.order.id for batch in pulls.start(0.0)] == [0]
+
+
+def test_slow_ones_never_take_every_place(pulls: Pulls) -> None:
+    for number in range(4):
+        pulls.add(order(number, [number], priority=REPAIR, bytes_per_s=MIB), 0.0)
+    for number in range(4, 8):
+        pulls.add(order(number, [number], priority=BALANCE), 0.0)
+    assert [batch.order.id for batch in pulls.start(0.0)] == [0, 1, 4]
 
 
 def test_orders_of_one_priority_take_turns(pulls: Pulls) -> None:
@@ -266,9 +285,11 @@ class Histories(RuleBasedStateMachine):
         first=st.integers(0, 90),
         count=st.integers(0, 90),
         priority=st.sampled_from([REPAIR, MOVE, BALANCE]),
+        bytes_per_s=st.sampled_from([0, MIB]),
     )
-    def add(self, first: int, count: int, priority: int) -> None:
-        wanted = order(self.next_id, range(first, first + count), priority=priority)
+    def add(self, first: int, count: int, priority: int, bytes_per_s: int) -> None:
+        keys = range(first, first + count)
+        wanted = order(self.next_id, keys, priority=priority, bytes_per_s=bytes_per_s)
         try:
             self.pulls.add(wanted, self.now_s)
         except Retry:
