@@ -321,9 +321,9 @@ class Borrower:
                 debt.step(key, Stage.COMING)
             return True
         place = (debt.batch.namespace, key)
-        if stage is Stage.AWAY and place not in self.going:
-            self._core.story.note(now_s, *place, "lost", f"{debt.creditor} gave it up: {why}")
         self._remove(debt, key)
+        if (stage is Stage.AWAY or debt.reclaims) and place not in self.going:
+            self._core.story.note(now_s, *place, "lost", f"{debt.creditor} gave it up: {why}")
         return False
 
     def _look(self, debt: Debt, now_s: float) -> None:
@@ -357,7 +357,6 @@ class Borrower:
             for key, having in zip(keys, nodes or (), strict=False):
                 if debt.creditor in having and debt.stages.get(key) is Stage.THERE:
                     self._arrive(debt, key, at_s)
-            debt.restate()
             debt.rest(at_s)
             self._wake(debt)
 
@@ -379,6 +378,7 @@ class Borrower:
         del self.going[place]
         self.away[place] = debt
         debt.step(key, Stage.AWAY)
+        debt.restate()
         why = f"to {debt.creditor}: {debt.why}"
         if shard is None:
             self._core.story.note(now_s, *place, "lent", why)

@@ -28,6 +28,7 @@ LOANS = 4096  # lent at a time
 ENDED_LOANS = 8192  # remembered, so that a late message does not raise them again
 DEBTORS = 4096  # whose incarnation is remembered
 RETRY_S = 1.0  # between calls that nobody answers
+REMIND_S = 2.0  # between those that were answered, until the memory is back
 QUIET_S = 30.0  # nothing is lent for so long after memory was wanted back
 
 
@@ -415,7 +416,7 @@ class Creditor:
         self._settle(credit, LoanState.VOID, why, now_s)
 
     def _call_back(self, credit: Credit, now_s: float) -> None:
-        """Tells the debtor, again and again until it answers."""
+        """Tells the debtor, again and again: it may not know the loan yet."""
         credit.call_s = float("inf")
         request = node_pb2.RecallLoanRequest(
             creditor=self._me.node,
@@ -425,9 +426,9 @@ class Creditor:
             deadline_ms=max(1, int((credit.recall_s - now_s) * 1000)),
         )
 
-        def then(answer: node_pb2.RecallLoanResponse | None, why: str, now_s: float) -> None:
-            if answer is None and credit.id in self._credits:
-                credit.call_s = now_s + RETRY_S
+        def then(answer: node_pb2.RecallLoanResponse | None, why: str, at_s: float) -> None:
+            if credit.id in self._credits:
+                credit.call_s = at_s + (RETRY_S if answer is None else REMIND_S)
                 self._next_s = min(self._next_s, credit.due_s)
 
         self._post.call(credit.debtor, credit.endpoints, "RecallLoan", request, then, now_s)

@@ -126,18 +126,21 @@ class Debt:
             part.discard(key)
         self._changed()
 
-    def restate(self) -> None:
-        """Brings the state in line with the stages, once the creditor has answered."""
-        if not self.stages or not self.incarnation:
-            return
+    @property
+    def stands(self) -> LoanState:
+        """The state that the stages make, once the creditor has answered."""
+        if not self.incarnation:
+            return LoanState.REQUESTED
         if self.homing or self.moving:
-            self.to(LoanState.MOVING)
-        elif self.keep_bytes is not None:
-            self.to(LoanState.RECALLED)
-        elif self.having(*PENDING):
-            self.to(LoanState.GRANTED)
-        else:
-            self.to(LoanState.HELD)
+            return LoanState.MOVING
+        if self.keep_bytes is not None:
+            return LoanState.RECALLED
+        return LoanState.GRANTED if self.having(*PENDING) else LoanState.HELD
+
+    def restate(self) -> None:
+        """To be called when stages have changed."""
+        if self.stages:
+            self.to(self.stands)
 
     def to(self, state: LoanState) -> None:
         self.state = move(self.state, state)
@@ -159,9 +162,6 @@ class Debt:
         assert self.moving <= away
         assert not self.homing & self.moving
         assert self.dropping <= set(self.having(Stage.LEAVING))
-        assert (self.state is LoanState.REQUESTED) == (self.incarnation == 0)
-        assert self.state in COUNTED or self.state is LoanState.REQUESTED
-        if self.state is LoanState.HELD:
-            assert not self.having(*PENDING)
+        assert self.state is self.stands
         if self.state is LoanState.REQUESTED:
             assert not self.having(Stage.COMING, Stage.THERE, Stage.AWAY)

@@ -53,14 +53,15 @@ class Mover:
             or debt.incarnation != request.creditor_incarnation
         ):
             return  # not ours, or no more: the creditor ends it by itself
+        if debt.keep_bytes is None:
+            debt.stays_out = False
+            for key in debt.having(*PENDING, Stage.AWAY):
+                place = (debt.batch.namespace, key)
+                self._core.story.note(now_s, *place, "recalled", f"by {debt.creditor}")
         debt.keep_bytes = max(0, debt.owed_bytes - request.size_bytes)
         debt.recall_s = now_s + self._core.bounded(request.deadline_ms / 1000)
-        debt.stays_out = False
         debt.restate()
         self._recalls.setdefault(debt.id, None)
-        for key in debt.having(*PENDING, Stage.AWAY):
-            place = (debt.batch.namespace, key)
-            self._core.story.note(now_s, *place, "recalled", f"by {debt.creditor}")
         self._borrower.touch(debt, debt.next_s)
 
     def bring_home(self, command: control_pb2.Command.BringHome, why: str, now_s: float) -> None:
