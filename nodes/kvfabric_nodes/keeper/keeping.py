@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 0.5  # how late the end of a guest of an earlier start may be noticed
 RESTART_S, MAX_RESTART_S = 1.0, 60.0  # from the loss of a keeper to the next one's start
+LAST_WORDS_S = 5.0  # for an orderly stop to tell what is to be kept
 VERIFIERS = 8
 VERIFY_RECORDS = 64  # by one thread at a time
 
@@ -220,21 +221,24 @@ class Keeping:
         log.info("keeper_replaced", pid=link.pid, shards=self._core.shards.count)
 
     async def stop(self, *, keep: bool) -> None:
-        """The node ends; its keeper with it, unless another rManager is to come (`keep`)."""
+        """The node ends; its keeper with it, unless another rManager is to come (`keep`). Safe
+        to repeat.
+        """
         self._stopping = True
         if self._starting is not None and not self._starting.done():
             await asyncio.wait([self._starting])
         outbox, self._outbox = self._outbox, None
+        link, self._link = self._link, None
         if outbox is not None:
-            if keep:
+            until_s = time.monotonic() + LAST_WORDS_S
+            while keep and not outbox.empty and time.monotonic() < until_s:
                 outbox.flush()
-            self._link = outbox.close()
-        if self._link is None:
-            return
-        if keep:
-            self._link.close()
-        else:
-            await self._loop.run_in_executor(None, self._link.end)
+                await asyncio.sleep(0.001)
+            link = outbox.close()
+        if link is not None and keep:
+            link.close()
+        elif link is not None:
+            await self._loop.run_in_executor(None, link.end)
 
     def _open(self, link: KeeperLink) -> Outbox:
         self._outbox = Outbox(self._loop, link, self._encode, self._lost)

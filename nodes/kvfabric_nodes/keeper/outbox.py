@@ -45,6 +45,11 @@ class Outbox:
         self._open = True
         loop.add_reader(link.sock, self._on_readable)
 
+    @property
+    def empty(self) -> bool:
+        """Whether everything has gone out."""
+        return not (self._queue or self._dropped or self._sealed or self._backlog)
+
     def segment(self, segment: int, descriptor: int) -> None:
         """Memory to keep; the descriptor stays the caller's."""
         own = os.dup(descriptor)
@@ -94,7 +99,7 @@ class Outbox:
             self._drain()
         if not self._open:
             return
-        waiting = bool(self._queue or self._sealed or self._backlog)
+        waiting = not self.empty
         if waiting != self._writing:
             self._writing = waiting
             if waiting:
