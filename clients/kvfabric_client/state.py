@@ -6,11 +6,12 @@ points to it. A state lives at one node.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvfabric.errors import Conflict, Retry
+from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.keys import content_key
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import DIGEST_BYTES, Key, Status
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from kvfabric_client.room import Room
 
 MAX_TRIES = 16  # of an update, against other writers
+PUT_TRIES = 10  # of a value that another is writing at the same time
+PUT_PAUSE_S = 0.002
 
 
 class StateConflict(Conflict):
@@ -98,12 +101,20 @@ class State:
         deadline = self._room.client.deadline(timeout_s)
         content = flat(value)
         key = content_key(self._room.id, content.data)
-        (status,) = self._room.put(
-            [key], [content], layers=layers, at=self._at, timeout_s=deadline.left_s()
-        )
-        if status not in (Status.OK, Status.EXISTS):
-            raise Retry(f"{len(content)} bytes of a state were not stored: {status.name}")
-        return self.swap(expected, key, timeout_s=deadline.left_s())
+        tries = 0
+        while True:
+            (status,) = self._room.put(
+                [key], [content], layers=layers, at=self._at, timeout_s=deadline.left_s()
+            )
+            if status not in (Status.OK, Status.EXISTS):
+                raise Retry(f"{len(content)} bytes of a state were not stored: {status.name}")
+            try:
+                return self.swap(expected, key, timeout_s=deadline.left_s())
+            except Refused:  # somebody else was still writing the same value, or it was evicted
+                tries += 1
+                if tries > PUT_TRIES:
+                    raise
+                time.sleep(PUT_PAUSE_S * tries)
 
     def update(
         self, change: Callable[[Bytes | None], Any], *, timeout_s: float | None = None
