@@ -28,6 +28,7 @@ __all__ = ["BUCKETS", "Cursor", "Directory", "Inventory", "Located", "Lot", "Pla
 # longer than a few milliseconds. They get unequal shares, or all would be resized at once.
 BUCKETS = 64
 SWEEP_KEYS = 65_536
+_TIDY_KEYS = 16_384  # moved at once; to look at a key is cheaper by far
 _FEW_PLACES = 4096  # so many are judged beforehand, where keys at some of them are wanted
 _HEADS = 2**64
 _KEYS = struct.Struct(f"{DIGEST_BYTES}s")
@@ -162,17 +163,19 @@ class Directory:
     def sweep(self, limit_keys: int = SWEEP_KEYS) -> bool:
         """One slice of tidying after nodes or reports went. Returns whether more is left.
 
-        Looks at `limit_keys` keys or one bucket, whichever is more.
+        Looks at `limit_keys` keys or one bucket, whichever is more; of a bucket where many
+        keys have to be moved, a part.
         """
         while self._unswept and limit_keys > 0:
             namespace, number = next(iter(self._unswept.items()))
             bucket = self._rooms[namespace][number]
             limit_keys -= max(1, len(bucket))
-            self._tidy(bucket)
-            self._unswept[namespace] = number + 1
+            if self._tidy(bucket):
+                number += 1
+                self._unswept[namespace] = number
             if not self._places.stale:
                 self._end_sweep(list(self._unswept))
-            elif number + 1 == BUCKETS:
+            elif number == BUCKETS:
                 self._end_sweep([namespace])
         return bool(self._unswept)
 
@@ -362,10 +365,11 @@ class Directory:
         if self._places.stale:
             self._unswept = dict.fromkeys(self._rooms, 0)
 
-    def _tidy(self, bucket: dict[bytes, int]) -> None:
-        """Moves the bucket's keys from stale places to those that are current."""
+    def _tidy(self, bucket: dict[bytes, int]) -> bool:
+        """Moves keys of the bucket from stale places to current ones. Returns whether all."""
         stale = self._places.stale
-        keys = [key for key, place in bucket.items() if place in stale]
+        found = (key for key, place in bucket.items() if place in stale)
+        keys = list(itertools.islice(found, _TIDY_KEYS))
         targets: dict[int, int] = {}
         moves: dict[tuple[int, int], int] = {}
         for key in keys:
@@ -381,6 +385,7 @@ class Directory:
                 bucket[key] = target
             moves[place, target] = moves.get((place, target), 0) + 1
         self._entries += self._places.moved(moves)
+        return len(keys) < _TIDY_KEYS
 
     def _end_sweep(self, namespaces: Iterable[NamespaceId]) -> None:
         for namespace in namespaces:

@@ -34,6 +34,7 @@ from kvfabric.membership import Hearing, Member, Membership, NodeState
 from kvfabric.types import Key, NamespaceId, NodeId
 
 MAX_EXPLAINED_KEYS = 16
+MAX_LOST = 128  # nodes given up in one tick; of a cluster that falls silent the rest follow
 
 
 class ManagerCore:
@@ -133,7 +134,7 @@ class ManagerCore:
             self._members.excuse(now_s)
         self._ticked_s = now_s
         lost = []
-        for node in self._members.silent(now_s):
+        for node in self._members.silent(now_s)[:MAX_LOST]:
             member = self._members[node]
             self._members.move(node, NodeState.LOST)
             self._reporting.discard(node)
