@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvfabric import errors
-from kvfabric.cluster import processes, record
+from kvfabric.cluster import keepers, processes, record
 from kvfabric.cluster.plan import JoinPlan, LeavePlan, LocalPlan
 from kvfabric.cluster.spawn import (
     LOG_NAME,
@@ -157,6 +157,7 @@ def down(runtime_dir: Path, report: Report) -> Down:
         if fabric.mark:
             return Down(found=True, killed=_end_local(runtime_dir, fabric))
         visit(LeavePlan(fabric.ray), runtime_dir, report)
+        keepers.end(runtime_dir, fabric.nodes, time.monotonic() + GRACE_S)
         _clean(runtime_dir)
         return Down(found=True)
 
@@ -169,7 +170,8 @@ def running(runtime_dir: Path) -> bool:
 
 def stale_sockets(runtime_dir: Path) -> list[Path]:
     """Sockets in the runtime directory at which nobody listens."""
-    return [path for path in sorted(runtime_dir.glob("*.sock")) if _nobody_listens(path)]
+    paths = [*sorted(runtime_dir.glob("*.sock")), *keepers.sockets(runtime_dir)]
+    return [path for path in paths if _nobody_listens(path)]
 
 
 def _need_ray() -> None:

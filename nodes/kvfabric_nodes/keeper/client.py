@@ -79,6 +79,8 @@ class KeeperLink:
 
     def end(self) -> None:
         """Tells it to forget everything and waits until it has."""
+        if self.sock.fileno() < 0:
+            return
         try:
             self.sock.settimeout(END_S)
             self.sock.sendall(process.packed(Op.END))

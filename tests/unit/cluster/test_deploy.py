@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from kvfabric.cluster import deploy, record
+from kvfabric.cluster import deploy, keepers, record
 from kvfabric.cluster.processes import MARK_VARIABLE
 from kvfabric.errors import Conflict
 
@@ -72,7 +74,30 @@ def test_a_socket_is_stale_when_nobody_listens(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left, socket.socket(socket.AF_UNIX) as listening:
         left.bind(str(tmp_path / "left.sock"))
         left.close()
+        with socket.socket(socket.AF_UNIX) as keeper:
+            keeper.bind(str(tmp_path / "left.keeper"))
         listening.bind(str(tmp_path / "alive.sock"))
         listening.listen()
 
-        assert [path.name for path in deploy.stale_sockets(tmp_path)] == ["left.sock"]
+        stale = [path.name for path in deploy.stale_sockets(tmp_path)]
+        assert stale == ["left.sock", "left.keeper"]
+
+
+def test_keepers_of_a_fabric_that_was_left_are_ended(tmp_path: Path) -> None:
+    script = (
+        "import socket, sys, time\n"
+        "sock = socket.socket(socket.AF_UNIX); sock.bind(sys.argv[1]); sock.listen()\n"
+        "print(flush=True); time.sleep(600)"
+    )
+    started: list[subprocess.Popen[bytes]] = []
+    for node in ("n0", "stranger"):
+        command = [sys.executable, "-c", script, str(tmp_path / f"{node}.keeper")]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        assert started[-1].stdout is not None
+        started[-1].stdout.readline()
+    keeper, stranger = started
+    with keeper, stranger:
+        keepers.end(tmp_path, ["n0", "n1"], time.monotonic() + 10)
+        assert keeper.wait(10) == -signal.SIGTERM
+        assert stranger.poll() is None
+        stranger.kill()
