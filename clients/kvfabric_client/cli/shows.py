@@ -19,9 +19,18 @@ PASS_ON: dict[str, Any] = {
 }
 
 
+DEMOS = {"lending": "kvfabric_client.demo.lending.command"}
+
+
 def demo(context: typer.Context) -> None:
-    """Two engine processes, one after the other, share KV through a fabric."""
-    _hand_on("kvfabric_client.demo.command", context)
+    """Two engine processes, one after the other, share KV through a fabric.
+
+    `demo lending`: a sequence outgrows its home node many times over.
+    """
+    name = context.args[0] if context.args else ""
+    if name in DEMOS:
+        del context.args[0]
+    _hand_on(DEMOS.get(name, "kvfabric_client.demo.command"), context)
 
 
 def bench(context: typer.Context) -> None:

@@ -1,0 +1,1 @@
+"""`kvfabric demo lending`: a sequence outgrows its home node many times over."""

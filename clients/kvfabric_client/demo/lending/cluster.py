@@ -1,0 +1,117 @@
+"""The demo's own fabric: one gManager and four memory nodes of unequal size, each a process.
+
+Plain processes instead of Ray's, because the home node is to be much smaller than the others,
+and because one of them is killed on purpose and stays dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvfabric.errors import Broken
+
+HOME = "home"
+LENDERS = ("east", "west", "south")
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
+# A tenth of the usual times, so that a person can watch loans and losses as they happen.
+MANAGER_OPTIONS = ("--heartbeat-ms", "100", "--silence-ms", "2000")
+
+
+class Process:
+    """`python -m MODULE`, which says in one line of JSON that it serves; its log is a file."""
+
+    def __init__(self, module: str, options: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *options],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self.line = self._first_line()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """As kill -9 does it."""
+        self._process.kill()
+        self._process.wait(STOP_TIMEOUT_S)
+
+    def end(self) -> None:
+        """Asks it to end, and makes it. May be repeated."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _first_line(self) -> dict[str, str]:
+        watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
+        watchdog.start()
+        try:
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if not line:
+            self.end()
+            raise Broken(f"a process of the demo did not start; see {self.log}")
+        found: dict[str, str] = json.loads(line)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where its parts are."""
+
+    manager: str  # host:port
+    home: str  # the home node's address
+    nodes: dict[str, Process]
+
+
+@contextlib.contextmanager
+def cluster(
+    home_bytes: int, lender_bytes: int, segment_bytes: int, logs: Path
+) -> Iterator[Cluster]:
+    """Serves until the context is left; then nothing of it is."""
+    logs.mkdir(parents=True, exist_ok=True)
+    runtime_dir = Path(tempfile.mkdtemp(prefix="kvfabric-lending-", dir="/tmp"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        manager = Process(
+            "kvfabric.manager",
+            [
+                *("--listen", "127.0.0.1:0", "--runtime-dir", str(runtime_dir)),
+                *MANAGER_OPTIONS,
+            ],
+            logs / "manager.log",
+        )
+        stack.callback(manager.end)
+        nodes: dict[str, Process] = {}
+        for name in (HOME, *LENDERS):
+            memory = home_bytes if name == HOME else lender_bytes
+            nodes[name] = Process(
+                "kvfabric_nodes",
+                [
+                    *("--node", name, "--memory", str(memory), "--segment", str(segment_bytes)),
+                    *("--runtime-dir", str(runtime_dir), "--manager", manager.line["manager"]),
+                ],
+                logs / f"{name}.log",
+            )
+            stack.callback(nodes[name].end)
+        yield Cluster(manager.line["manager"], f"unix:{runtime_dir}/{HOME}.sock", nodes)
