@@ -18,18 +18,16 @@ whose three parameters are measured while an engine runs.
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kvfabric.rpc.v1 import control_pb2
 
 MIN_STEPS = 64  # of them the default's shape is kept and only scaled
 HALF_LIFE_STEPS = 20_000.0  # older steps count half: engines and their load change
 _RIDGE = 1e-4  # pull towards the scaled default where steps do not tell parameters apart
-
-Vector = NDArray[np.float64]
+_MOST = 1e100  # of a sum; more is nonsense and would overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +60,20 @@ class StepFit:
     scaled to the time that was measured.
     """
 
-    def __init__(self, default: StepModel = DEFAULT, half_life_steps: float = HALF_LIFE_STEPS):
-        self._default = np.array([default.step_s, default.request_s, default.token_s])
+    def __init__(
+        self, default: StepModel = DEFAULT, half_life_steps: float = HALF_LIFE_STEPS
+    ) -> None:
+        self._default = [default.step_s, default.request_s, default.token_s]
         self._half_life_steps = half_life_steps
-        self._steps = 0.0
-        self._products: NDArray[np.float64] = np.zeros((3, 3))  # sums of x x^T, x = (1, b, t)
-        self._targets: Vector = np.zeros(3)  # sums of x * seconds
+        # Sums over steps of x x^T and of x * seconds, where x = (1, batch, tokens).
+        self._products = [[0.0] * 3 for _ in range(3)]
+        self._targets = [0.0] * 3
         self._model: StepModel | None = default
 
     @property
     def steps(self) -> float:
         """Steps that the fit stands on, older ones counted for less."""
-        return self._steps
+        return self._products[0][0]
 
     @property
     def model(self) -> StepModel:
@@ -85,58 +85,75 @@ class StepFit:
     @property
     def mean_tokens(self) -> float:
         """Tokens attended in a step, on average; 0 before the first."""
-        return float(self._products[0, 2]) / self._steps if self._steps else 0.0
+        return self._products[0][2] / self.steps if self.steps else 0.0
 
     def take(self, sums: control_pb2.StepSums) -> None:
         """Some more steps. Sums that cannot be are ignored."""
-        values = (
-            float(sums.steps),
-            sums.batch,
-            sums.tokens,
-            sums.seconds,
-            sums.batch_batch,
-            sums.batch_tokens,
-            sums.tokens_tokens,
-            sums.batch_seconds,
-            sums.tokens_seconds,
-        )
-        if not sums.steps or not np.isfinite(values).all() or min(values) < 0 or not sums.seconds:
+        steps, batch, tokens = float(sums.steps), sums.batch, sums.tokens
+        products = [
+            [steps, batch, tokens],
+            [batch, sums.batch_batch, sums.batch_tokens],
+            [tokens, sums.batch_tokens, sums.tokens_tokens],
+        ]
+        targets = [sums.seconds, sums.batch_seconds, sums.tokens_seconds]
+        values = [*targets, *itertools.chain(*products)]
+        possible = all(math.isfinite(value) and value >= 0 for value in values)
+        if not possible or not steps or not sums.seconds or max(values) > _MOST:
             return
-        fade = 0.5 ** (min(values[0], self._half_life_steps * 16) / self._half_life_steps)
-        steps, batch, tokens, seconds, bb, bt, tt, bs, ts = values
-        self._steps = self._steps * fade + steps
-        self._products = self._products * fade + np.array(
-            [[steps, batch, tokens], [batch, bb, bt], [tokens, bt, tt]]
-        )
-        self._targets = self._targets * fade + np.array([seconds, bs, ts])
+        fade = 0.5 ** (steps / self._half_life_steps)
+        for row, new in zip(self._products, products, strict=True):
+            row[:] = [old * fade + value for old, value in zip(row, new, strict=True)]
+        self._targets = [
+            old * fade + value for old, value in zip(self._targets, targets, strict=True)
+        ]
         self._model = None
 
     def _fit(self) -> StepModel:
-        expected = float(self._products[0] @ self._default)
-        prior = self._default * (float(self._targets[0]) / expected)
-        if self._steps < MIN_STEPS:
-            return StepModel(*prior.tolist())
+        expected = sum(map(operator.mul, self._products[0], self._default))
+        prior = [value * self._targets[0] / expected for value in self._default]
+        if self.steps < MIN_STEPS:
+            return StepModel(*prior)
         # In units of each column's own size, so that one ridge serves all three.
-        scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        ridge = _RIDGE * np.eye(3)
-        products = self._products / np.outer(scale, scale) + ridge
-        targets = self._targets / scale + ridge @ (prior * scale)
-        best = _least_squares(products, targets) / scale
-        return StepModel(*best.tolist()) if best.any() else StepModel(*prior.tolist())
+        scale = [math.sqrt(self._products[each][each]) or 1.0 for each in range(3)]
+        products = [
+            [self._products[i][j] / (scale[i] * scale[j]) + _RIDGE * (i == j) for j in range(3)]
+            for i in range(3)
+        ]
+        targets = [self._targets[i] / scale[i] + _RIDGE * prior[i] * scale[i] for i in range(3)]
+        best = [value / unit for value, unit in zip(_best(products, targets), scale, strict=True)]
+        return StepModel(*best) if any(best) else StepModel(*prior)
 
 
-def _least_squares(products: NDArray[np.float64], targets: Vector) -> Vector:
-    """The x >= 0 with the least x^T P x - 2 t^T x; three unknowns, so all supports are tried."""
-    best, best_cost = np.zeros(3), 0.0
+def _best(products: list[list[float]], targets: list[float]) -> list[float]:
+    """The x >= 0 with the least x^T P x - 2 t^T x; P is positive definite.
+
+    If the least of all has no negative part it is the answer; else some are 0 there, and with
+    three unknowns every choice of these can be tried.
+    """
+    best, best_cost = [0.0] * 3, 0.0
     for size in (3, 2, 1):
         for support in itertools.combinations(range(3), size):
-            index = np.array(support)
-            part = np.linalg.solve(products[np.ix_(index, index)], targets[index])
-            if (part < 0).any():
+            part = _solved([[products[i][j] for j in support] + [targets[i]] for i in support])
+            cost = -sum(targets[i] * value for i, value in zip(support, part, strict=True))
+            if min(part) < 0 or cost >= best_cost:
                 continue
-            cost = -float(targets[index] @ part)
-            if cost < best_cost:
-                best_cost = cost
-                best = np.zeros(3)
-                best[index] = part
+            best, best_cost = [0.0] * 3, cost
+            for i, value in zip(support, part, strict=True):
+                best[i] = value
+        if size == 3 and any(best):
+            break
     return best
+
+
+def _solved(rows: list[list[float]]) -> list[float]:
+    """The solution of linear equations, each row with its right side at its end."""
+    count = len(rows)
+    for i in range(count):  # positive definite: no pivots have to be chosen
+        for k in range(i + 1, count):
+            factor = rows[k][i] / rows[i][i]
+            rows[k] = [low - factor * high for low, high in zip(rows[k], rows[i], strict=True)]
+    solution = [0.0] * count
+    for i in reversed(range(count)):
+        rest = sum(rows[i][j] * solution[j] for j in range(i + 1, count))
+        solution[i] = (rows[i][count] - rest) / rows[i][i]
+    return solution
