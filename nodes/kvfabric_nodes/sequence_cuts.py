@@ -15,7 +15,7 @@ from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key
 from kvfabric_nodes.extents import Extent
 from kvfabric_nodes.handler import Call, Handler
-from kvfabric_nodes.promises import Session
+from kvfabric_nodes.promises import Lease, Session
 from kvfabric_nodes.sequence import Cut, OpenSequence
 from kvfabric_nodes.sequence_room import SequenceRoom, put_tails
 
@@ -161,21 +161,39 @@ class CutCalls:
     async def _later(self, attempt: Callable[[], Lack | None], lack: Lack) -> None:
         """Sees to what is lacking, and tries again."""
         deadline_s = self._now() + CUT_WAIT_S
-        for _ in range(ATTEMPTS):
-            left_s = deadline_s - self._now()
-            if left_s <= 0 or not await self._see_to(lack, left_s):
-                break
-            again = attempt()
-            if again is None:
-                return
-            lack = again
+        held: list[Lease] = []
+        try:
+            for _ in range(ATTEMPTS):
+                left_s = deadline_s - self._now()
+                if left_s <= 0 or not await self._see_to(lack, left_s, held):
+                    break
+                again = attempt()
+                if again is None:
+                    return
+                lack = again
+        finally:
+            self._core.release(lack.session, [lease.id for lease in held])
         raise Retry(f"{lack.reason}; cut between blocks, or try again")
 
-    async def _see_to(self, lack: Lack, within_s: float) -> bool:
-        """Whether it is worth another attempt."""
+    async def _see_to(self, lack: Lack, within_s: float, held: list[Lease]) -> bool:
+        """Whether it is worth another attempt. What came home is `held`, or it would be the
+        first to be lent out again for the room that its copy needs."""
         if lack.key is None:
             return await self._room.seek(lack.sequence, lack.session.tenant, 1, within_s)
-        return await self._room.bring_home(lack.sequence, lack.key, within_s)
+        if not await self._room.bring_home(lack.sequence, lack.key, within_s):
+            return False
+        if lack.session.id not in self._core.sessions:
+            return False
+        lease, _ = self._core.acquire(
+            lack.session,
+            lack.sequence.namespace,
+            [lack.key],
+            CUT_WAIT_S,
+            self._now(),
+            streamed=True,
+        )
+        held += [lease] if lease else []
+        return True
 
     def _now(self) -> float:
         return self._handler.clock.now()
