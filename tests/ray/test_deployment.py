@@ -157,10 +157,11 @@ def test_purge_erases_on_every_node(deployed: Any, client: Client) -> None:
         assert other.open(SPACE).get(keys[2:]) == [None, None]
 
 
-def test_an_rmanager_killed_serves_again_at_the_same_addresses(
+def test_an_rmanager_killed_serves_again_at_the_same_addresses_what_it_held(
     deployed: Any, client: Client
 ) -> None:
     store(client, keys_of("before"))
+    client.open(SPACE).pin(keys_of("before")[:2])
     before = deployed.island.node("n0")
 
     deployed.kill(deployed.node_process("n0"))
@@ -172,8 +173,15 @@ def test_an_rmanager_killed_serves_again_at_the_same_addresses(
     after = deployed.island.eventually(restarted)
     addresses = ("unix_path", "tcp_address", "grpc_address", "metrics_address")
     assert [after[name] for name in addresses] == [before[name] for name in addresses]
+    assert holds(client, keys_of("before"))
+    assert client.stats().pins == 2
+    client.open(SPACE).unpin(keys_of("before")[:2])
     store(client, keys_of("after"))
     assert holds(client, keys_of("after"))
+    everything = keys_of("before") + keys_of("after")
+    deployed.island.eventually(lambda: located(deployed, everything) == ["n0"] * 16)
+    told = json.loads(deployed.island.kvfabric("explain", keys_of("before")[0].hex(), "--json"))
+    assert "adopted" in {event["what"] for event in told["events"]}
 
 
 def test_local_puts_and_gets_go_on_without_the_manager_and_it_learns_of_them(
@@ -254,6 +262,7 @@ def assert_nothing_is_left(runtime_dir: Path, fabric: record.Fabric) -> None:
     assert processes.marked(fabric.mark) == []
     assert not Path(fabric.scratch).exists()
     assert [path.name for path in runtime_dir.glob("*.sock")] == []
+    assert [path.name for path in runtime_dir.glob("*.keeper")] == []
     assert record.read(runtime_dir) is None
     left = {path.name for path in runtime_dir.iterdir() if not path.name.startswith("manager.db")}
     assert left <= {deploy.LOCK_NAME, deploy.LOG_NAME}  # the metadata is durable, and stays
