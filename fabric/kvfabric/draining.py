@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvfabric import sight
 from kvfabric.directory import Cursor, Lot, Place
@@ -39,7 +39,6 @@ class _Emptying:
     node: NodeId
     move: Move
     begun_s: float
-    incarnation: int
     heartbeats: int = 0
     cursor: Cursor | None = None
     round_s: float = 0.0  # the next walk begins
@@ -48,7 +47,10 @@ class _Emptying:
 
 
 class Draining:
-    """See the module. The rules say which nodes; `over` has those that need no rule any more."""
+    """See the module. The rules say which nodes.
+
+    `changed` has nodes whose rule was changed here, and is still to be written down.
+    """
 
     def __init__(
         self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat, ledger: Ledger
@@ -61,7 +63,7 @@ class Draining:
         self._targets = Targets(cluster)
         self._emptying: dict[NodeId, _Emptying] = {}
         self._sequences: dict[NodeId, control_pb2.Sequences] = {}
-        self.over: list[NodeId] = []
+        self.changed: list[NodeId] = []
 
     def begin(self, node: NodeId, drain: Drain, now_s: float) -> None:
         """The rule is there. May be repeated; only the rate may be another."""
@@ -102,9 +104,7 @@ class Draining:
         """Time has passed."""
         for node in sorted(self._rules.drains):
             self._cluster.draining.add(node)
-            if self._returned_empty(node):
-                self.cancel(node, now_s)
-                self.over.append(node)
+            if self._came_back(node, now_s):
                 continue
             emptying = self._emptying.get(node) or self._begin(node, now_s)
             if emptying is not None and sight.live(self._cluster, node):
@@ -185,20 +185,29 @@ class Draining:
             return None
         rate = self._rules.drains[node].bytes_per_s
         move = self._mover.begin(Kind.DRAIN, now_s, source=node, bytes_per_s=rate)
-        self._emptying[node] = _Emptying(node, move, now_s, known.incarnation)
+        self._emptying[node] = _Emptying(node, move, now_s)
         return self._emptying[node]
 
-    def _returned_empty(self, node: NodeId) -> bool:
-        """Whether the node was started anew since, with nothing to be moved: it is another one."""
+    def _came_back(self, node: NodeId, now_s: float) -> bool:
+        """Whether the node was started anew since with nothing to be moved: it serves again.
+
+        One that was started anew with its shards is emptied on.
+        """
         known = sight.member(self._cluster, node)
-        return (
-            known is not None
-            and sight.live(self._cluster, node)
-            and known.incarnation > self._rules.drains[node].incarnation
-            and known.sequence is not None
-            and not self._cluster.directory.inventory(node).count
-            and not sight.used_bytes(known)
-        )
+        drain = self._rules.drains[node]
+        if (
+            known is None
+            or known.incarnation <= drain.incarnation
+            or known.sequence is None
+            or not sight.live(self._cluster, node)
+        ):
+            return False
+        self.changed.append(node)
+        if self._cluster.directory.inventory(node).count or sight.used_bytes(known):
+            self._rules.drains[node] = replace(drain, incarnation=known.incarnation)
+            return False
+        self.cancel(node, now_s)
+        return True
 
     def _feed(self, emptying: _Emptying, now_s: float) -> None:
         """As many of the node's keys as the mover wants."""

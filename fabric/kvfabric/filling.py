@@ -9,18 +9,19 @@ nothing: that is the planner's to lend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from kvfabric import sight
-from kvfabric.directory import Cursor
+from kvfabric.directory import Cursor, Lot
 from kvfabric.draining import holding
 from kvfabric.errors import Broken
 from kvfabric.heat import Heat
 from kvfabric.membership import Member
-from kvfabric.migration import Kind, Move
+from kvfabric.migration import BATCH_KEYS, Kind, Move
 from kvfabric.mover import Mover
 from kvfabric.policies import Rules
-from kvfabric.types import NodeId
+from kvfabric.types import Key, NamespaceId, NodeId
 
 LOOK_S = 5.0
 MAX_FILLS = 8  # nodes that are filled at once
@@ -38,6 +39,7 @@ class _Filling:
     giver: NodeId
     cursor: Cursor | None = None
     begun: bool = False
+    lots: deque[Lot] = field(default_factory=deque)  # found and not yet taken up
 
 
 class Filling:
@@ -50,14 +52,18 @@ class Filling:
         self._heat = heat
         self._fillings: dict[NodeId, _Filling] = {}  # by who takes
         self._look_s = 0.0
+        self._mean = 0.0  # fill of all nodes, at the last look
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
         if now_s >= self._look_s:
             self._look_s = now_s + LOOK_S
             self._look(now_s)
-        for filling in list(self._fillings.values()):
-            if not filling.move.ended and self._mover.wants(filling.move):
+        for taker, filling in list(self._fillings.items()):
+            if filling.move.ended or self._enough(taker, filling.giver):
+                self._mover.close(filling.move, now_s)
+                del self._fillings[taker]
+            elif not any(self._mover.phases(filling.move)):  # one batch after the other
                 self._feed(filling, now_s)
 
     def check(self) -> None:
@@ -67,13 +73,11 @@ class Filling:
 
     def _look(self, now_s: float) -> None:
         nodes = [self._cluster.members[node] for node in sight.takers(self._cluster)]
-        mean = sum(sight.fill(known) for known in nodes) / len(nodes) if nodes else 0.0
-        for taker, filling in list(self._fillings.items()):
-            if filling.move.ended or self._enough(taker, filling.giver, mean):
-                self._mover.close(filling.move, now_s)
-                del self._fillings[taker]
+        if not nodes:
+            return
+        self._mean = sum(sight.fill(known) for known in nodes) / len(nodes)
         givers = sorted((each for each in nodes if _gives(each)), key=sight.fill)
-        takers = [known for known in nodes if sight.fill(known) < EMPTY_SHARE * mean]
+        takers = [known for known in nodes if sight.fill(known) < EMPTY_SHARE * self._mean]
         for known in takers:
             if len(self._fillings) >= MAX_FILLS or self._mover.full or not givers:
                 return
@@ -84,29 +88,35 @@ class Filling:
                 )
                 self._fillings[known.node] = _Filling(move, giver)
 
-    def _enough(self, taker: NodeId, giver: NodeId, mean: float) -> bool:
+    def _enough(self, taker: NodeId, giver: NodeId) -> bool:
         if not sight.takes(self._cluster, taker) or not sight.takes(self._cluster, giver):
             return True
         gives, takes = self._cluster.members[giver], self._cluster.members[taker]
-        return sight.fill(takes) >= ENOUGH_SHARE * mean or sight.fill(gives) < sight.FULL - RELIEF
+        enough = ENOUGH_SHARE * self._mean
+        return sight.fill(takes) >= enough or sight.fill(gives) < sight.FULL - RELIEF
 
     def _feed(self, filling: _Filling, now_s: float) -> None:
-        """A slice of the giver's keys; after the last one the next look decides anew."""
-        if filling.begun and filling.cursor is None:
-            self._mover.close(filling.move, now_s)
-            return
-        lots, filling.cursor = self._cluster.directory.pick(
-            holding(filling.giver), filling.cursor, SLICE_KEYS
-        )
-        filling.begun = True
-        for lot in lots:
-            keys = [
-                key
-                for key in lot.keys
-                if not self._rules.pinned(lot.namespace, key)
-                and not self._heat.rate(lot.namespace, key, now_s)
-            ]
-            self._mover.add(filling.move, lot.namespace, keys, filling.giver, now_s)
+        """Some of the giver's keys; after the last ones the next look decides anew."""
+        if not filling.lots:
+            if filling.begun and filling.cursor is None:
+                self._mover.close(filling.move, now_s)
+                return
+            lots, filling.cursor = self._cluster.directory.pick(
+                holding(filling.giver), filling.cursor, SLICE_KEYS
+            )
+            filling.lots.extend(lots)
+            filling.begun = True
+        added = 0
+        while filling.lots and not added:
+            lot = filling.lots.popleft()
+            if lot.keys[BATCH_KEYS:]:
+                filling.lots.appendleft(lot._replace(keys=lot.keys[BATCH_KEYS:]))
+            keys = [key for key in lot.keys[:BATCH_KEYS] if self._idle(lot.namespace, key, now_s)]
+            added = self._mover.add(filling.move, lot.namespace, keys, filling.giver, now_s)
+
+    def _idle(self, namespace: NamespaceId, key: Key, now_s: float) -> bool:
+        """Whether nobody reads it, or wants it where it is."""
+        return not (self._rules.pinned(namespace, key) or self._heat.rate(namespace, key, now_s))
 
 
 def _gives(known: Member) -> bool:

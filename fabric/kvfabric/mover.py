@@ -227,28 +227,42 @@ class Mover:
                 return None
             return batch.destination if self._loads.fits(batch, batch.destination) else None
         leaving = set() if batch.move.copy else {batch.source}
-        roomy = [
-            node
-            for node in self._targets.best(
-                batch.source,
-                holders - leaving - self._cluster.draining,
-                batch.size_bytes,
-                now_s,
-                exclude=holders | batch.shunned,
-                evict=batch.evict,
-            )
-            if batch.evict or self._has_room(node, batch.size_bytes)
-        ]
-        for node in roomy:
-            if self._loads.fits(batch, node):
-                return node
-        if not roomy:
-            self._without_room(batch, now_s)
+        shard_bytes = batch.size_bytes // len(batch.keys)
+        for size_bytes in (batch.size_bytes, shard_bytes):  # all of it, or as much as there is room
+            roomy = [
+                node
+                for node in self._targets.best(
+                    batch.source,
+                    holders - leaving - self._cluster.draining,
+                    size_bytes,
+                    now_s,
+                    exclude=holders | batch.shunned,
+                    evict=batch.evict,
+                )
+                if batch.evict or self._room_bytes(node) >= size_bytes
+            ]
+            for node in roomy:
+                if self._loads.fits(batch, node):
+                    self._cut(batch, self._room_bytes(node) // max(1, shard_bytes), now_s)
+                    return node
+            if roomy:
+                return None
+        self._without_room(batch, now_s)
         return None
 
-    def _has_room(self, node: NodeId, size_bytes: int) -> bool:
+    def _room_bytes(self, node: NodeId) -> int:
+        """Free, and not taken up by what is on its way there."""
         coming_bytes = self._loads.coming_bytes(node)
-        return sight.free_bytes(self._cluster.members[node]) - coming_bytes >= size_bytes
+        return sight.free_bytes(self._cluster.members[node]) - coming_bytes
+
+    def _cut(self, batch: Batch, count: int, now_s: float) -> None:
+        """What there is no room for waits as a batch of its own; colder cache may make room."""
+        if batch.evict or count >= len(batch.keys):
+            return
+        rest = batch.keys[count:]
+        self._batches.release(batch, rest)
+        batch.size_bytes = len(batch.keys) * (batch.size_bytes // (len(batch.keys) + len(rest)))
+        self._steps.again(batch, rest, batch.source, now_s)
 
     def _without_room(self, batch: Batch, now_s: float) -> None:
         if batch.may_give_up and now_s - batch.waiting_since_s >= NO_ROOM_S:

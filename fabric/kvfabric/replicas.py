@@ -23,6 +23,7 @@ from kvfabric.types import DIGEST_BYTES, Key, NamespaceId, NodeId
 
 MAX_FRESH = 65_536  # shards that have just come and are still to be looked at
 FRESH_KEYS = 4096  # of them looked at in one round
+SETTLE_S = 15.0  # after a manager's start; before, nodes have not all told what they hold
 SCAN_S = 1.0  # between two slices of the walk over all shards
 SCAN_KEYS = 65_536
 ALARM_S = 600.0  # after a loss, or a change of policy, so long colder cache may go
@@ -41,7 +42,10 @@ class _Subject(NamedTuple):
 class Replicas:
     """See the module."""
 
-    def __init__(self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat) -> None:
+    def __init__(
+        self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat, now_s: float
+    ) -> None:
+        self._begin_s = now_s + SETTLE_S
         self._cluster = cluster
         self._mover = mover
         self._rules = rules
@@ -73,6 +77,8 @@ class Replicas:
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
+        if now_s < self._begin_s:
+            return
         self._look_at_fresh(now_s)
         if now_s >= self._scan_s and self._rules.counted():
             self._scan_s = now_s + SCAN_S
@@ -111,10 +117,11 @@ class Replicas:
         """A slice of the walk over shards that may lack replicas."""
         counted = self._rules.counted()
         most = max(self._rules.replicas(each or NamespaceId(b"")) for each in counted)
-        possible = len(sight.takers(self._cluster))
+        takers = sight.takers(self._cluster)
 
         def lacking(place: Place) -> bool:
-            return 0 < len(sight.keepers(self._cluster, place)) < min(most, possible)
+            keepers = sight.keepers(self._cluster, place)
+            return bool(keepers) and not self._enough(keepers, most, takers)
 
         only = counted[0] if len(counted) == 1 else None
         at = self._cursor
@@ -126,9 +133,9 @@ class Replicas:
 
     def _mend(self, lot: Lot, now_s: float, *, evict: bool) -> bool:
         """One more replica for each, where it lacks any. False: the mover wants no more now."""
-        wanted = min(self._rules.replicas(lot.namespace), len(sight.takers(self._cluster)))
+        wanted = self._rules.replicas(lot.namespace)
         keepers = sight.keepers(self._cluster, lot.place)
-        if not keepers or len(keepers) >= wanted:
+        if not keepers or self._enough(keepers, wanted, sight.takers(self._cluster)):
             return True
         keys = [key for key in lot.keys if not self._mover.busy(lot.namespace, key)]
         move = self._move(Kind.REPAIR, now_s)
@@ -142,6 +149,13 @@ class Replicas:
             return True  # no room: it is found again by the next walk
         self._mover.add(move, lot.namespace, keys, source, now_s, evict=evict)
         return True
+
+    def _enough(self, keepers: Collection[NodeId], wanted: int, takers: list[NodeId]) -> bool:
+        """Whether there are as many replicas, in as many zones, as wanted and possible."""
+        if len(keepers) < min(wanted, len(takers)):
+            return False
+        over = sight.zones(self._cluster, keepers)
+        return over >= wanted or over >= sight.zones(self._cluster, takers)
 
     def _least_busy(self, keepers: Collection[NodeId], key: Key) -> NodeId:
         """One of the holders, another one for other keys."""

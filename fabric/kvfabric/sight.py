@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from kvfabric import placement
 from kvfabric.directory import Directory, Place
 from kvfabric.membership import Member, Membership, NodeState
 from kvfabric.rpc.v1 import control_pb2
@@ -84,6 +85,11 @@ def keepers(cluster: Cluster, place: Place, *, but: NodeId | None = None) -> set
     """The nodes of a place on which a copy counts: alive, believed, and not being emptied."""
     nodes = {replica.node for replica in place}
     return {node for node in nodes if node != but and takes(cluster, node)}
+
+
+def zones(cluster: Cluster, nodes: Iterable[NodeId]) -> int:
+    """Over how many zones these nodes stand; one that tells no zone is a zone of its own."""
+    return len({cluster.members[node].labels.get(placement.ZONE) or node for node in nodes})
 
 
 def capacity_bytes(known: Member) -> int:

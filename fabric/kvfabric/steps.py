@@ -107,13 +107,19 @@ class Steps:
             if hopeless or batch.tries + 1 >= MAX_TRIES:
                 self.fail(batch, keys, why)
                 continue
-            further = self.make(move, batch.namespace, keys, source, now_s)
-            further.destination = batch.destination if batch.fixed else None
-            further.fixed, further.evict = batch.fixed, batch.evict
-            further.may_give_up = batch.may_give_up
-            further.tries = batch.tries + (batch.begun_s is not None)
-            further.shunned = set() if batch.fixed else set(batch.shunned)
-            self._batches.wait(further)
+            self.again(batch, keys, source, now_s)
+
+    def again(self, batch: Batch, keys: list[Key], source: NodeId, now_s: float) -> None:
+        """These keys, which the batch has let go, wait as a batch of their own like it."""
+        further = self.make(batch.move, batch.namespace, keys, source, now_s)
+        further.destination = batch.destination if batch.fixed else None
+        further.fixed, further.evict = batch.fixed, batch.evict
+        further.may_give_up = batch.may_give_up
+        further.tries = batch.tries + (batch.begun_s is not None)
+        further.shunned = set() if batch.fixed else set(batch.shunned)
+        if batch.begun_s is None:
+            further.waiting_since_s = batch.waiting_since_s
+        self._batches.wait(further)
 
     def _pull(self, batch: Batch, keys: list[Key], now_s: float) -> None:
         assert batch.destination is not None

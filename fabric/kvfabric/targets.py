@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from kvfabric import placement, sight
 from kvfabric.membership import Member
-from kvfabric.placement import Candidate, Site
+from kvfabric.placement import Candidate, LinkClass, Site, link_class
 from kvfabric.types import NodeId
 
 FRESH_S = 0.25  # so long what was gathered of all nodes is used again
@@ -41,7 +41,10 @@ class Targets:
         ]
         if holders:
             sites = [self._site(node) for node in sorted(holders)]
-            return placement.spread(sites, candidates, size_bytes, CHOICES)
+            found = placement.spread(sites, candidates, size_bytes, CHOICES)
+            # Whoever finds the best busy waits for it, rather than to put two replicas together.
+            near = [self._near(node, sites) for node in found]
+            return [node for node, each in zip(found, near, strict=True) if each == near[0]]
         ranking = placement.destinations(self._site(source), candidates, size_bytes, limit=CHOICES)
         return ranking.nodes
 
@@ -53,6 +56,12 @@ class Targets:
             self._gathered[evict] = (now_s, found)
             return found
         return [each for each in found if sight.takes(self._cluster, each.site.node)]
+
+    def _near(self, node: NodeId, holders: Sequence[Site]) -> tuple[bool, bool]:
+        """Whether a node shares a zone, and a rack or host, with one of the holders."""
+        here = self._site(node)
+        zones = {each.zone for each in holders if each.zone}
+        return here.zone in zones, any(link_class(here, each) <= LinkClass.RACK for each in holders)
 
     def _site(self, node: NodeId) -> Site:
         known = sight.member(self._cluster, node)

@@ -30,7 +30,7 @@ class Moving:
         self.mover = Mover(cluster, now_s)
         self.draining = Draining(cluster, self.mover, self.rules, self.heat, cluster.ledger)
         self.migrating = Migrating(cluster, self.mover)
-        self.replicas = Replicas(cluster, self.mover, self.rules, self.heat)
+        self.replicas = Replicas(cluster, self.mover, self.rules, self.heat, now_s)
         self.pinning = Pinning(cluster, self.rules)
         self._filling = Filling(cluster, self.mover, self.rules, self.heat)
         self._now_s = now_s

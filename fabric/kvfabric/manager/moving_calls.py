@@ -16,7 +16,7 @@ from kvfabric.manager import messages
 from kvfabric.manager.calls import Calls, log, translated
 from kvfabric.manager.rules_store import RulesStore
 from kvfabric.migrating import Wish
-from kvfabric.policies import Drain, Policy
+from kvfabric.policies import Policy
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, NodeId, Status
 
@@ -52,6 +52,7 @@ class MovingCalls(Calls):
             with self._lock:
                 now_s = self._clock.now()
                 move = self._core.moving.migrating.begin(wish, now_s)
+                self._core.moving.mover.tick(now_s)  # it begins now, not at the next tick
                 told = move.told(now_s)
         log.info("move begun", move=told.move, keys=told.keys, to=told.destination)
         return control_pb2.MigrateResponse(move=told.move, keys=told.keys)
@@ -98,14 +99,14 @@ class MovingCalls(Calls):
                         self._core.cluster.note(node, "drain", "asked for", now_s)
                     return moving.draining.told(node, now_s)
 
-    def _wanted_drain(self, node: NodeId, bytes_per_s: int) -> Drain | None:
+    def _wanted_drain(self, node: NodeId, bytes_per_s: int) -> policies.Drain | None:
         """The rule that is to be set; None where it is set already."""
         with self._lock:
             known = self._core.cluster.members.known_incarnation(node)
             old = self._core.moving.rules.drains.get(node)
         if old is None and not known:
             raise Refused(f"there is no node {node}; `kvfabric status` lists them")
-        drain = Drain(old.incarnation if old else known, bytes_per_s)
+        drain = policies.Drain(old.incarnation if old else known, bytes_per_s)
         return None if drain == old else drain
 
     def _cancel_drain(self, node: NodeId) -> control_pb2.DrainResponse:
@@ -117,21 +118,23 @@ class MovingCalls(Calls):
                 self._core.cluster.note(node, "drain", "called off", now_s)
         return control_pb2.DrainResponse(waiting="called off: the node serves")
 
-    def forget_drains(self) -> None:
-        """Drains of nodes that were started anew since, and have nothing to move, are over."""
+    def keep_drains(self) -> None:
+        """Writes down what became of the drains of nodes that were started anew."""
         with self._lock:
-            over = list(self._core.moving.draining.over)
-        for node in over:
+            changed = list(self._core.moving.draining.changed)
+        for node in changed:
             with self._changes:
                 with self._lock:
-                    again = node in self._core.moving.rules.drains
+                    drain = self._core.moving.rules.drains.get(node)
                 try:
-                    if not again:
+                    if drain is None:
                         self._rules_store.end_drain(node)
+                    else:
+                        self._rules_store.drain(node, drain)
                 except Retry:
                     return  # the store is away: at a later tick
             with self._lock:
-                self._core.moving.draining.over.remove(node)
+                self._core.moving.draining.changed.remove(node)
 
     # Policies
 
@@ -186,7 +189,8 @@ class MovingCalls(Calls):
     ) -> control_pb2.PinKeysResponse:
         with translated(context):
             namespace = messages.namespace_id(request.namespace_id)
-            keys = list(dict.fromkeys(messages.keys(request.keys)))
+            asked = messages.keys(request.keys)
+            keys = list(dict.fromkeys(asked))
             with self._changes:
                 if request.unpin:
                     self._rules_store.unpin(namespace, keys)
@@ -195,7 +199,7 @@ class MovingCalls(Calls):
                     self._rules_store.pin(namespace, keys)
                 with self._lock:
                     self._apply_pins(namespace, keys, unpin=request.unpin)
-                    located = self._core.locate(namespace, list(request.keys), prefix=False)
+                    located = self._core.locate(namespace, asked, prefix=False)
             held = [
                 Status.OK if at < len(located.places) else Status.MISS for at in located.indices
             ]

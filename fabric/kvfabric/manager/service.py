@@ -358,7 +358,7 @@ class ManagerServer:
         while not self._stopping.wait(PLAN_S):
             try:
                 self._service.plan()
-                self._service.forget_drains()
+                self._service.keep_drains()
             except Exception:  # lending goes on without plans: nodes borrow when they have to
                 log.exception("plan failed")
 

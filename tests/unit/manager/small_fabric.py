@@ -16,6 +16,7 @@ from kvfabric.directory import Inventory
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.events import Answer, Delta, Heartbeat, Register
 from kvfabric.migration import Move, MoveState
+from kvfabric.policies import Drain, Policy
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, NodeId, Tier
 
@@ -107,7 +108,7 @@ class SmallFabric:
     def __init__(self, seed: int = 0, *, lost: float = 0.0, doubled: float = 0.0) -> None:
         self.chance = random.Random(seed)
         self.now_s = 100.0
-        self.core = ManagerCore(SILENCE_S, 0.0)
+        self.core = ManagerCore(SILENCE_S, 0.0)  # started long ago
         self.nodes: dict[NodeId, SmallNode] = {}
         self.lost_share, self.doubled_share = lost, doubled
         self.delay_s = 0.4  # at most, from a command to its doing
@@ -196,6 +197,45 @@ class SmallFabric:
         while not move.ended:
             assert self.now_s < end_s, f"{move} has not ended"
             self.step()
+
+    def until_quiet(self, limit_s: float = 700.0) -> None:
+        """Until no move is under way for a while."""
+        end_s, quiet_s = self.now_s + limit_s, self.now_s
+        while self.now_s - quiet_s < 20.0:
+            self.step()
+            if self.moves():
+                quiet_s = self.now_s
+            assert self.now_s < end_s, f"{self.moves()} do not end"
+
+    def until_empty(self, name: str, limit_s: float = 700.0) -> None:
+        """Until the drain of a node says that it may be deleted."""
+        end_s = self.now_s + limit_s
+        while not self.drained(name).empty:
+            self.step()
+            assert self.now_s < end_s, f"{name} waits for {self.drained(name).waiting}"
+
+    def drain(self, name: str, bytes_per_s: int = 0) -> None:
+        node = NodeId(name)
+        incarnation = self.core.cluster.members.known_incarnation(node)
+        drain = Drain(incarnation, bytes_per_s)
+        self.core.moving.draining.begin(node, drain, self.now_s)
+
+    def drained(self, name: str) -> control_pb2.DrainResponse:
+        return self.core.moving.draining.told(NodeId(name), self.now_s)
+
+    def set_policy(
+        self, replicas: int, hot_replicas: int = 0, room: NamespaceId | None = ROOM
+    ) -> None:
+        self.core.moving.rules.set_policy(room, Policy(replicas, hot_replicas))
+        self.core.moving.replicas.alarm(self.now_s)
+
+    def pin(self, numbers: Iterable[int]) -> None:
+        self.core.moving.rules.pin(ROOM, keys(numbers))
+        self.core.moving.pinning.pin(ROOM, keys(numbers), self.now_s)
+
+    def unpin(self, numbers: Iterable[int]) -> None:
+        self.core.moving.rules.unpin(ROOM, keys(numbers))
+        self.core.moving.pinning.release(ROOM, keys(numbers), self.now_s)
 
     def moves(self, kind: str = "") -> list[Move]:
         return [
