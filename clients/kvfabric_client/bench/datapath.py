@@ -19,6 +19,7 @@ from kvfabric.types import Key
 from kvfabric_client.bench.children import Child
 from kvfabric_client.bench.lanes import Lane, new_keys
 from kvfabric_client.bench.limits import Limits
+from kvfabric_client.bench.moves import Moves
 from kvfabric_client.bench.peer import Ring, faulted_memory
 from kvfabric_client.bench.plan import (
     BATCH,
@@ -44,11 +45,24 @@ Move = Callable[[list[memoryview]], float]
 
 
 def run(plan: Plan, advance: Callable[[Case], None] = lambda case: None) -> Report:
-    """Starts a node and the limits' peer, measures, and ends both.
+    """Starts nodes and the limits' peer, measures, and ends them.
 
     `advance` is called `plan.steps` times, with the case just measured. Broken where the
     fabric gave a wrong answer.
     """
+    rows: list[Row] = []
+    if len(plan.names) > len(plan.move_names):
+        rows += _one_node(plan, advance)
+    if plan.move_names:
+        memory = Ring(memoryview(faulted_memory(plan.pool_bytes)))
+        with contextlib.closing(Moves(memory, plan.moved_bytes, MIB)) as moves:
+            rows += run_rounds(moves.cases(plan.move_names), plan.rounds, advance)
+    rows.sort(key=lambda row: (NAMES.index(row.name), row.size_bytes))
+    return Report(f"kvfabric data path, batches of {BATCH}", rows, machine(["grpcio"]))
+
+
+def _one_node(plan: Plan, advance: Callable[[Case], None]) -> list[Row]:
+    """What clients do with one node."""
     rows: list[Row] = []
     with contextlib.ExitStack() as owned:
         folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="kvfabric-bench-"))
@@ -61,8 +75,7 @@ def run(plan: Plan, advance: Callable[[Case], None] = lambda case: None) -> Repo
         for size_bytes in plan.sizes:
             rows += run_rounds(bench.cases(plan.sized_names, size_bytes), plan.rounds, advance)
             bench.erase()
-    rows.sort(key=lambda row: (NAMES.index(row.name), row.size_bytes))
-    return Report(f"kvfabric data path, batches of {BATCH}", rows, machine(["grpcio"]))
+    return rows
 
 
 def _node(plan: Plan, folder: str) -> Child:

@@ -14,7 +14,7 @@ from typing import Final
 
 import kvfabric_client
 from kvfabric.errors import Broken
-from kvfabric.types import DEFAULT_TENANT, DIGEST_BYTES, Key, Namespace, Status
+from kvfabric.types import DEFAULT_TENANT, DIGEST_BYTES, Key, Namespace, NamespaceId, Status
 
 STORED: Final = Namespace(DEFAULT_TENANT, bytes(DIGEST_BYTES), b"bench: shards to read")
 FRESH: Final = Namespace(DEFAULT_TENANT, bytes(DIGEST_BYTES), b"bench: shards just written")
@@ -50,6 +50,19 @@ class Lane:
         self._stored.purge()
         self._fresh.purge()
         self._written_bytes = 0
+
+    def reserved_bytes(self) -> int:
+        """What the node is filling at this moment."""
+        return sum(tier.reserved_bytes for tier in self._client.stats().tiers)
+
+    @property
+    def stored(self) -> NamespaceId:
+        """Where `store` puts."""
+        return self._stored.id
+
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Purges some of what was stored, as far as it is here."""
+        self._stored.purge(keys)
 
     def put(self, buffers: Sequence[memoryview]) -> float:
         """Under keys that nobody has put yet."""

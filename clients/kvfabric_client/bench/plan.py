@@ -25,7 +25,11 @@ SPEEDS: Final = tuple(
 )
 VIEW: Final = "shm_view"
 MATCH: Final = f"match_{MATCH_KEYS}"
-NAMES: Final = (*SPEEDS, VIEW, MATCH)
+MOVE_UNTHROTTLED: Final = "move_unthrottled"
+READERS: Final = "readers_during_throttled_move"
+MOVES: Final = (MOVE_UNTHROTTLED, READERS)
+MOVED_BYTES: Final = (64 * MIB, 256 * MIB)  # in one round: at least, and at most
+NAMES: Final = (*SPEEDS, VIEW, MATCH, *MOVES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +65,24 @@ class Plan:
         return self.memory_bytes // POOLS_IN_MEMORY
 
     @property
+    def moved_bytes(self) -> int:
+        """What one move between two nodes moves."""
+        least, most = MOVED_BYTES
+        return max(least, min(most, self.pool_bytes))
+
+    @property
     def sized_names(self) -> list[str]:
         """The figures that are taken at every size, in order."""
-        return [name for name in NAMES if name in self.names and name != MATCH]
+        return [name for name in NAMES if name in self.names and name not in (MATCH, *MOVES)]
+
+    @property
+    def move_names(self) -> list[str]:
+        """The figures of moves between nodes, taken with shards of MIB."""
+        return [name for name in MOVES if name in self.names]
 
     @property
     def steps(self) -> int:
         """Measurements in all, the warm-up's too: for a progress bar."""
         cases = len(self.sized_names) * len(self.sizes) + (MATCH in self.names)
+        cases += len(self.move_names)
         return cases * (self.rounds + 1)

@@ -16,6 +16,8 @@ _SPEEDS: Final = {  # as it comes, unchecked
     ("shm_get", None): (0.70, 0.85),
     ("tcp_put", None): (0.80, 0.85),
     ("tcp_get", None): (0.80, 0.85),
+    ("move_unthrottled", None): (0.80, 0.80),
+    ("readers_during_throttled_move", None): (0.75, 0.75),
 }
 _TIMES_US: Final = {"shm_view": 40.0, "match_400": 250.0}  # over a bare round trip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvfabric.errors import Refused
-from kvfabric_client.bench.plan import NAMES, Plan
+from kvfabric_client.bench.plan import MOVES, NAMES, Plan
 from kvfabric_client.bench.report import AtLeast, AtMostOver, Target
 from kvfabric_client.bench.targets import target_of
 
@@ -28,6 +28,8 @@ GIB = 1 << 30
         ("tcp_get_unchecked", MIB, AtLeast(0.85)),
         ("shm_view", MIB, AtMostOver(40.0)),
         ("match_400", 4 * KIB, AtMostOver(250.0)),
+        ("move_unthrottled", MIB, AtLeast(0.80)),
+        ("readers_during_throttled_move", MIB, AtLeast(0.75)),
     ],
 )
 def test_every_figure_has_the_target_that_was_set(
@@ -37,7 +39,8 @@ def test_every_figure_has_the_target_that_was_set(
 
 
 def test_a_whole_run_tells_its_length_beforehand() -> None:
-    assert Plan(rounds=5).steps == (3 * (len(NAMES) - 1) + 1) * 6
+    assert Plan(rounds=5).steps == (3 * (len(NAMES) - 3) + 3) * 6
+    assert Plan(names=MOVES, sizes=[MIB, 4 * MIB], rounds=5).steps == 2 * 6
     assert Plan(names=["match_400"], rounds=5).steps == 6
     assert Plan(names=["shm_view"], sizes=[MIB], rounds=5).steps == 6
 
