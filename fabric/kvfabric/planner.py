@@ -21,6 +21,7 @@ from kvfabric.demand import (
     UNKNOWN,
     Contexts,
     Decision,
+    Flags,
     Floats,
     Instances,
     Ints,
@@ -60,6 +61,7 @@ class _State:
     room: Floats = field(init=False)
     lendable: Floats = field(init=False)
     borrowed: Floats = field(init=False)
+    gave: Flags = field(init=False)
     tokens: Floats = field(init=False)
     speed: Floats = field(init=False)  # tokens per second without the queue
     slowing: Floats = field(init=False)  # how much of that one more token costs
@@ -73,6 +75,7 @@ class _State:
         self.lendable = np.maximum(0.0, np.minimum(known.lendable_bytes, spare))
         self.lendable[known.draining] = 0.0
         self.borrowed = known.borrowed_bytes.astype(np.float64)
+        self.gave = np.zeros(len(known.nodes), dtype=bool)
         self.tokens = known.tokens.astype(np.float64)
         seconds = known.step_s + known.request_s * known.batch + known.token_s * self.tokens
         self.speed = np.divide(known.batch, seconds, out=np.zeros(len(seconds)), where=seconds > 0)
@@ -140,6 +143,8 @@ def _debtors(instances: Instances, contexts: Contexts, state: _State) -> list[in
 def _lend(state: _State, contexts: Contexts, debtor: int, row: int, near: Ints) -> Decision | None:
     """The best that can be done with one sequence, entered in the state; or None."""
     instances, rules = state.instances, state.rules
+    if state.gave[debtor]:
+        return None  # who lends does not borrow
     block = max(1.0, float(contexts.block_bytes[row]))
     own_tokens = float(contexts.tokens[row])
     own_bytes = float(contexts.local_bytes[row] + contexts.remote_bytes[row])
@@ -251,6 +256,7 @@ def _sizes(state: _State, debtor: int, most: float, block: float) -> Floats:
     """Whole blocks up to `most`: what lets one more request in, and steps between."""
     if most < block:
         return np.zeros(0)
+    most = np.floor(most / block) * block
     request = state.request_tokens * state.token_bytes
     waiting = float(state.instances.waiting[debtor])
     steps = np.geomspace(block, most, 12)
@@ -295,6 +301,7 @@ def _enter(state: _State, debtor: int, choice: _Choice, token_bytes: float) -> N
     state.room[debtor] += size
     state.borrowed[debtor] += size
     state.lendable[debtor] = 0.0  # who owes does not lend
+    state.gave[creditor] = True
     state.room[creditor] -= size
     state.lendable[creditor] -= size
     if state.rules.attend_at_creditor:
