@@ -1,4 +1,4 @@
-"""The life of a loan at its debtor: asked, held, renewed, returned.
+"""The life of a loan at its debtor: asked for, held, returned.
 
 A loan is one batch of like shards at one creditor. It goes on by itself: asked, polled
 until the creditor holds the bytes, looked for in the manager's directory, and only then,
@@ -9,45 +9,50 @@ no harm. What is lent to whom, and why, is decided by `seeking` and `moving`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from kvfabric.loans import COUNTED, Loan, LoanState
+from kvfabric.loans import LoanState
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Place, Stage
+from kvfabric_nodes.debt_book import DebtBook
+from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Stage
 from kvfabric_nodes.post import CALL_S, Post
+from kvfabric_nodes.renewing import Renewals
 from kvfabric_nodes.room import Rooms
 from kvfabric_nodes.rounds import Round
 from kvfabric_nodes.shards import Shard
 from kvfabric_nodes.terms import Identity, Terms
 
-DEBTS = 4096  # loans at a time
 PENDING_S = 120.0  # what is not held and seen by then is not lent
 RECLAIM_S = 60.0  # shards that a creditor has, under a loan that ended, are asked for so long
 UNANSWERED = 3  # calls; then another creditor is asked
 RETRY_S = 1.0  # between calls that nobody answers
-RENEWALS = 3  # within a loan's time
 
 
 class Borrower:
     """See the module. One per node."""
 
     def __init__(
-        self, core: NodeCore, me: Identity, terms: Terms, post: Post, rooms: Rooms
+        self,
+        core: NodeCore,
+        me: Identity,
+        terms: Terms,
+        post: Post,
+        rooms: Rooms,
+        book: DebtBook,
+        lent_out: Callable[[NamespaceId, Key], bool],
     ) -> None:
-        self.lent_out: Callable[[NamespaceId, Key], bool] = lambda namespace, key: False
-        self.debts: dict[int, Debt] = {}
-        self.going: dict[Place, Debt] = {}  # keys that are ASKED, COMING or THERE
-        self.away: dict[Place, Debt] = {}  # keys that are AWAY
+        """`lent_out`: whether this node keeps a key for another one."""
         self._core = core
         self._me = me
         self._terms = terms
         self._post = post
         self._rooms = rooms
-        self._renew_s: dict[str, float] = {}  # by creditor; infinite while one is under way
-        self._discarding: set[Place] = set()
-        self._next_s = INFINITY
+        self._book = book
+        self._lent_out = lent_out
+        self._renewals = Renewals(me, terms, post, book, self.void)
         core.on_sealed.append(self._sealed)
         core.on_dropped.append(self._dropped)
         core.on_unclaimed.append(self._unclaimed)
@@ -74,154 +79,49 @@ class Borrower:
             search=search,
             last_resort=last_resort,
         )
-        self.debts[debt.id] = debt
-        for key in batch.keys:
-            debt.stages[key] = Stage.ASKED
-            self.going[batch.namespace, key] = debt
-            lender = self.away.get((batch.namespace, key))
-            if lender is not None:
-                lender.moving.add(key)
-                lender.restate()
+        self._book.add(debt)
         self._ask(debt, now_s)
         return debt
 
-    # Questions ------------------------------------------------------------------------
-
-    def whereabouts(self, namespace: NamespaceId, key: Key) -> str | None:
-        place = (namespace, key)
-        debt = self.away.get(place)
-        if debt is not None:
-            return debt.creditor
-        debt = self.going.get(place)
-        return debt.creditor if debt is not None and debt.reclaims else None
-
-    def loans(self) -> Iterator[Loan]:
-        for debt in self.debts.values():
-            yield Loan(
-                debt.id,
-                self._me.node,
-                self._me.incarnation,
-                debt.creditor,
-                debt.incarnation,
-                debt.state,
-                len(debt.stages) * debt.batch.slot_bytes,
-            )
-
-    @property
-    def borrowed_bytes(self) -> int:
-        return sum(debt.owed_bytes for debt in self.debts.values())
-
-    @property
-    def in_flight(self) -> int:
-        """Loans that wait for their bytes."""
-        return len({debt.id for debt in self.going.values()})
-
-    @property
-    def freeing_bytes(self) -> int:
-        """What loans under way will free here."""
-        me = self._me.node
-        return sum(d.batch.slot_bytes for d in self.going.values() if d.batch.source == me)
-
-    def due_s(self) -> float:
-        return self._next_s
-
-    def check(self) -> None:
-        """Asserts all invariants."""
-        assert len(self.debts) <= DEBTS
-        going: dict[Place, Debt] = {}
-        away: dict[Place, Debt] = {}
-        for debt in self.debts.values():
-            debt.check()
-            assert min(debt.due_s, INFINITY) >= self._next_s
-            assert debt.calling or debt.next_s < INFINITY or debt.state in COUNTED
-            for key, stage in debt.stages.items():
-                place = (debt.batch.namespace, key)
-                if stage in PENDING:
-                    assert place not in going, "one key is on its way to two creditors"
-                    going[place] = debt
-                elif stage is Stage.AWAY:
-                    assert place not in away, "one key is lent twice"
-                    assert self._core.shards.get(*place) is None
-                    assert self._core.shards.claims(*place)
-                    away[place] = debt
-        assert going == self.going
-        assert away == self.away
-        for place, debt in self.away.items():
-            moves = place in going
-            assert moves == (place[1] in debt.moving)
-            assert not moves or going[place].batch.source == debt.creditor
-        assert self._discarding <= going.keys() | away.keys()
-
-    # Events ---------------------------------------------------------------------------
-
     def peer_lost(self, node: str, incarnation: int, now_s: float) -> None:
-        for debt in [d for d in self.debts.values() if d.creditor == node]:
+        for debt in [d for d in self._book.debts.values() if d.creditor == node]:
             if not incarnation:
                 self.void(debt, f"{node} is gone", now_s, reclaim=False)
             elif debt.incarnation not in (0, incarnation):
                 self.void(debt, f"{node} was started anew", now_s)
-
-    def discard(self, namespace: NamespaceId, keys: Sequence[Key]) -> None:
-        places = [(namespace, key) for key in keys]
-        self._discarding.update(p for p in places if p in self.away or p in self.going)
-
-    def leave(self, debt: Debt, key: Key, now_s: float, *, drop: bool) -> None:
-        """The key is needed there no more; without `drop` it may stay as cache."""
-        if debt.stages[key] is not Stage.LEAVING:
-            self._unlist(debt, key)
-            debt.step(key, Stage.LEAVING)
-            debt.restate()
-        if drop:
-            debt.dropping.add(key)
-        self.touch(debt, now_s)
-
-    def touch(self, debt: Debt, at_s: float) -> None:
-        """It goes on then at the latest."""
-        debt.next_s = min(debt.next_s, at_s)
-        self._wake(debt)
 
     def void(self, debt: Debt, why: str, now_s: float, *, reclaim: bool = True) -> None:
         """The loan is no more. What lay there alone is claimed anew, or lost."""
         lost: list[Key] = []
         for key, stage in list(debt.stages.items()):
             place = (debt.batch.namespace, key)
-            self._remove(debt, key)
-            if stage is Stage.AWAY and place not in self.going:
+            self._book.remove(debt, key)
+            if stage is not Stage.AWAY or place in self._book.going or not reclaim:
+                self._mourn(debt, key, why, now_s)
+            else:
                 lost.append(key)
-                what = "loan ended" if reclaim else "lost"
-                self._core.story.note(now_s, *place, what, f"{debt.creditor}: {why}")
+                self._core.story.note(now_s, *place, "loan ended", f"{debt.creditor}: {why}")
         debt.end = LoanState.VOID
-        self._finish(debt)
+        self._book.close_if_empty(debt)
         if debt.search is not None:
             debt.search.refused(debt.creditor, why, owes=False)
-        if lost and reclaim:
-            b = debt.batch
-            again = Batch(
-                b.namespace,
-                b.tenant,
-                b.layers,
-                b.size_bytes,
-                b.slot_bytes,
-                lost,
-                debt.creditor,
-                debt.endpoints,
-            )
+        if lost:
+            again = replace(debt.batch, keys=lost, source=debt.creditor, endpoints=debt.endpoints)
             self.borrow(again, debt.creditor, debt.endpoints, "claimed anew", now_s)
 
     def run(self, now_s: float) -> None:
         """Does what is due."""
-        if now_s < self._next_s:
-            return
-        for debt in list(self.debts.values()):
-            if debt.expires_s <= now_s:
-                self.void(debt, "it was not renewed in time", now_s)
-            elif not debt.calling and debt.next_s <= now_s:
-                self._go_on(debt, now_s)
-        for creditor, renew_s in list(self._renew_s.items()):
-            if renew_s <= now_s:
-                self._renew(creditor, now_s)
-        parts = [*(d.due_s for d in self.debts.values()), *self._renew_s.values()]
-        self._next_s = min(parts, default=INFINITY)
+        if now_s >= self._book.next_s:
+            for debt in list(self._book.debts.values()):
+                if debt.expires_s <= now_s:
+                    self.void(debt, "it was not renewed in time", now_s)
+                elif not debt.calling and debt.next_s <= now_s:
+                    self._go_on(debt, now_s)
+            self._book.look_ahead()
+        self._renewals.run(now_s)
+
+    def due_s(self) -> float:
+        return min(self._book.next_s, self._renewals.next_s)
 
     # One loan's steps -------------------------------------------------------------------
 
@@ -261,7 +161,7 @@ class Borrower:
 
         def then(answer: node_pb2.LendResponse | None, why: str, at_s: float) -> None:
             debt.calling = False
-            if debt.id in self.debts:
+            if debt.id in self._book.debts:
                 self._lent(debt, keys, now_s, answer, why, at_s)
 
         self._call(debt, "Lend", request, then, now_s)
@@ -289,7 +189,7 @@ class Borrower:
         if lent and not debt.incarnation:
             debt.incarnation = answer.incarnation
             debt.expires_s = expires_s
-            self._renew_s.setdefault(debt.creditor, now_s + self._terms.loan_s / RENEWALS)
+            self._renewals.watch(debt.creditor, now_s)
         elif lent:
             debt.expires_s = max(debt.expires_s, expires_s)
         refused = False
@@ -304,8 +204,8 @@ class Borrower:
             debt.next_s = now_s
         else:
             debt.rest(now_s)
-        self._close_if_empty(debt)
-        self._wake(debt)
+        self._book.close_if_empty(debt)
+        self._book.wake(debt)
 
     def _told(self, debt: Debt, key: Key, status: Status, why: str, now_s: float) -> bool:
         """What the creditor says of one key; whether it has it, or takes it."""
@@ -320,21 +220,20 @@ class Borrower:
             if stage is Stage.ASKED:
                 debt.step(key, Stage.COMING)
             return True
-        place = (debt.batch.namespace, key)
-        self._remove(debt, key)
-        if (stage is Stage.AWAY or debt.reclaims) and place not in self.going:
-            self._core.story.note(now_s, *place, "lost", f"{debt.creditor} gave it up: {why}")
+        self._book.remove(debt, key)
+        self._mourn(debt, key, f"gave it up: {why}", now_s)
         return False
 
     def _look(self, debt: Debt, now_s: float) -> None:
         """Whether what was lent is there by now, and seen."""
         if now_s >= debt.begun_s + PENDING_S:
             for key in debt.having(*PENDING):
-                self.leave(debt, key, now_s, drop=True)
+                self._book.leave(debt, key, now_s, drop=True)
+                self._mourn(debt, key, f"was not there after {PENDING_S:g} s", now_s)
             return
         for key in debt.having(Stage.THERE):
             place = (debt.batch.namespace, key)
-            if self._core.shards.get(*place) is None and place not in self.away:
+            if self._core.shards.get(*place) is None and place not in self._book.away:
                 self._arrive(debt, key, now_s)  # no other copy is known: nothing to see first
         ready = [key for key in debt.having(Stage.THERE) if self._droppable(debt, key)]
         if ready and not (debt.looked and debt.having(Stage.COMING)):
@@ -351,14 +250,14 @@ class Borrower:
     def _seek_in_directory(self, debt: Debt, keys: list[Key], now_s: float) -> None:
         def then(nodes: Sequence[Sequence[str]] | None, why: str, at_s: float) -> None:
             debt.calling = False
-            if debt.id not in self.debts:
+            if debt.id not in self._book.debts:
                 return
             debt.looked = True
             for key, having in zip(keys, nodes or (), strict=False):
                 if debt.creditor in having and debt.stages.get(key) is Stage.THERE:
                     self._arrive(debt, key, at_s)
             debt.rest(at_s)
-            self._wake(debt)
+            self._book.wake(debt)
 
         debt.calling = True
         self._post.places(debt.batch.namespace, keys, then, now_s)
@@ -369,16 +268,10 @@ class Borrower:
         shard = self._core.shards.get(*place)
         if not self._droppable(debt, key):
             return
-        if shard is not None and self.lent_out(*place):
-            self.leave(debt, key, now_s, drop=True)  # somebody else needs ours here
+        if shard is not None and self._lent_out(*place):
+            self._book.leave(debt, key, now_s, drop=True)  # somebody else needs ours here
             return
-        before = self.away.get(place)
-        if before is not None:
-            self.leave(before, key, now_s, drop=True)
-        del self.going[place]
-        self.away[place] = debt
-        debt.step(key, Stage.AWAY)
-        debt.restate()
+        self._book.arrived(debt, key, now_s)
         why = f"to {debt.creditor}: {debt.why}"
         if shard is None:
             self._core.story.note(now_s, *place, "lent", why)
@@ -399,11 +292,11 @@ class Borrower:
 
         def then(answer: node_pb2.ReturnLoanResponse | None, why: str, at_s: float) -> None:
             debt.calling = False
-            if debt.id not in self.debts:
+            if debt.id not in self._book.debts:
                 return
             if answer is None:
                 debt.next_s = at_s + RETRY_S
-                self._wake(debt)
+                self._book.wake(debt)
                 return
             if debt.incarnation:
                 debt.end = LoanState.RETURNED
@@ -412,10 +305,10 @@ class Borrower:
                     self._core.story.note(
                         at_s, debt.batch.namespace, key, "returned", f"to {debt.creditor}"
                     )
-                    self._remove(debt, key)
+                    self._book.remove(debt, key)
             debt.next_s = at_s
-            self._close_if_empty(debt)
-            self._wake(debt)
+            self._book.close_if_empty(debt)
+            self._book.wake(debt)
 
         self._call(debt, "ReturnLoan", request, then, now_s)
 
@@ -426,17 +319,26 @@ class Borrower:
             patient = now_s < debt.begun_s + RECLAIM_S if debt.reclaims else False
             if debt.unanswered >= UNANSWERED and not patient:
                 self._abandon(debt, why, now_s)
-        self._wake(debt)
+        self._book.wake(debt)
 
     def _abandon(self, debt: Debt, why: str, now_s: float) -> None:
         """It may have lent all the same: it is told to forget it, for as long as it could."""
         if debt.search is not None:
             debt.search.refused(debt.creditor, f"{debt.creditor}: {why}", owes=False)
         for key in debt.having(Stage.ASKED):
-            self.leave(debt, key, now_s, drop=not debt.reclaims)
-            if debt.reclaims:
-                place = (debt.batch.namespace, key)
-                self._core.story.note(now_s, *place, "lost", f"{debt.creditor}: {why}")
+            self._book.leave(debt, key, now_s, drop=not debt.reclaims)
+            self._mourn(debt, key, why, now_s)
+
+    def _mourn(self, debt: Debt, key: Key, why: str, now_s: float) -> None:
+        """For the story: the key's last place was this loan, and somebody here needs it."""
+        place = (debt.batch.namespace, key)
+        if (
+            self._core.shards.claims(*place)
+            and self._core.shards.get(*place) is None
+            and place not in self._book.going
+            and place not in self._book.away
+        ):
+            self._core.story.note(now_s, *place, "lost", f"{debt.creditor}: {why}")
 
     def _call(
         self,
@@ -448,112 +350,29 @@ class Borrower:
     ) -> None:
         debt.calling = True
         self._post.call(debt.creditor, debt.endpoints, name, request, then, now_s)
-        self._wake(debt)
-
-    # Renewing -----------------------------------------------------------------------------
-
-    def _renew(self, creditor: str, now_s: float) -> None:
-        held = [d for d in self.debts.values() if d.creditor == creditor and d.incarnation]
-        if not held:
-            del self._renew_s[creditor]
-            return
-        versions = [debt.version for debt in held]
-        request = node_pb2.RenewLoansRequest(
-            debtor=self._me.node,
-            debtor_incarnation=self._me.incarnation,
-            loans=[debt.id for debt in held],
-            deadline_ms=int(self._terms.loan_s * 1000),
-        )
-
-        def then(answer: node_pb2.RenewLoansResponse | None, why: str, at_s: float) -> None:
-            if answer is None or len(answer.known) != len(held):
-                self._renew_s[creditor] = at_s + RETRY_S
-            else:
-                self._renew_s[creditor] = max(at_s, now_s + self._terms.loan_s / RENEWALS)
-                for index, debt in enumerate(held):
-                    if debt.id in self.debts:
-                        self._renewed(debt, index, versions[index], now_s, answer, at_s)
-            self._next_s = min(self._next_s, self._renew_s[creditor])
-
-        self._renew_s[creditor] = INFINITY
-        self._post.call(creditor, held[-1].endpoints, "RenewLoans", request, then, now_s)
-
-    def _renewed(
-        self,
-        debt: Debt,
-        index: int,
-        version: int,
-        asked_s: float,
-        answer: node_pb2.RenewLoansResponse,
-        now_s: float,
-    ) -> None:
-        if debt.incarnation != answer.incarnation:
-            self.void(debt, f"{debt.creditor} was started anew", now_s)
-        elif not answer.known[index]:
-            self.void(debt, f"{debt.creditor} has ended the loan", now_s)
-        else:
-            debt.expires_s = max(debt.expires_s, asked_s + answer.deadline_ms / 1000)
-            unchanged = debt.version == version and not debt.calling
-            if unchanged and answer.size_bytes[index] != debt.owed_bytes:
-                debt.doubtful = True
-                self.touch(debt, now_s)
-
-    # Books ----------------------------------------------------------------------------------
-
-    def _unlist(self, debt: Debt, key: Key) -> None:
-        """Out of the indexes, of the moves too."""
-        place = (debt.batch.namespace, key)
-        if self.going.get(place) is debt:
-            del self.going[place]
-            lender = self.away.get(place)
-            if lender is not None:
-                lender.moving.discard(key)
-                lender.restate()
-        if self.away.get(place) is debt:
-            del self.away[place]
-        debt.homing.discard(key)
-        debt.moving.discard(key)
-        if place not in self.going and place not in self.away:
-            self._discarding.discard(place)
-
-    def _remove(self, debt: Debt, key: Key) -> None:
-        self._unlist(debt, key)
-        debt.remove(key)
-
-    def _close_if_empty(self, debt: Debt) -> None:
-        if not debt.stages:
-            self._finish(debt)
-
-    def _finish(self, debt: Debt) -> None:
-        debt.to(debt.end)
-        del self.debts[debt.id]
-
-    def _wake(self, debt: Debt) -> None:
-        if debt.id in self.debts:
-            self._next_s = min(self._next_s, debt.due_s)
-            self._next_s = min(self._next_s, self._renew_s.get(debt.creditor, INFINITY))
+        self._book.wake(debt)
 
     # What happens to shards here --------------------------------------------------------------
 
     def _sealed(self, shard: Shard, now_s: float) -> None:
         """What was lent is here again."""
         place = (shard.namespace, shard.key)
-        debt = self.away.get(place)
-        moving = self.going.get(place)
+        debt = self._book.away.get(place)
+        moving = self._book.going.get(place)
         if moving is not None and (debt is not None or moving.reclaims):
-            self.leave(moving, shard.key, now_s, drop=True)
+            self._book.leave(moving, shard.key, now_s, drop=True)
         if debt is not None:
-            self.leave(debt, shard.key, now_s, drop=True)
+            self._book.leave(debt, shard.key, now_s, drop=True)
 
     def _dropped(self, shard: Shard, what: str, now_s: float) -> None:
-        debt = self.going.get((shard.namespace, shard.key))
+        debt = self._book.going.get((shard.namespace, shard.key))
         if debt is not None and what == "purged":
-            self.leave(debt, shard.key, now_s, drop=True)
+            self._book.leave(debt, shard.key, now_s, drop=True)
 
     def _unclaimed(self, namespace: NamespaceId, key: Key, now_s: float) -> None:
         """Nobody here needs it any more."""
         place = (namespace, key)
-        drop = place in self._discarding
-        for debt in (self.going.get(place), self.away.get(place)):
+        drop = place in self._book.discarding
+        for debt in (self._book.going.get(place), self._book.away.get(place)):
             if debt is not None:
-                self.leave(debt, key, now_s, drop=drop)
+                self._book.leave(debt, key, now_s, drop=drop)

@@ -15,12 +15,15 @@ from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.borrowing import Borrower
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.credit_book import CreditBook
 from kvfabric_nodes.creditor import Creditor
+from kvfabric_nodes.debt_book import DebtBook
 from kvfabric_nodes.extents import slot_bytes
 from kvfabric_nodes.instructions import Instruction, Response
 from kvfabric_nodes.moving import Mover
 from kvfabric_nodes.post import Post
 from kvfabric_nodes.pulls import Pulled
+from kvfabric_nodes.recalls import Recalls
 from kvfabric_nodes.room import Room, Rooms
 from kvfabric_nodes.seeking import Seeker, Victims
 from kvfabric_nodes.terms import Identity, Terms
@@ -36,14 +39,20 @@ class Lending:
         self._rooms = Rooms()
         self._post = Post()
         self._transit = Transit(core, self._post)
-        self._creditor = Creditor(core, me, terms, self._post, self._transit, self._rooms)
-        self._borrower = Borrower(core, me, terms, self._post, self._rooms)
-        self._seeker = Seeker(core, me, self._post, self._rooms, self._borrower, victims)
-        self._mover = Mover(
-            core, me, self._post, self._transit, self._rooms, self._borrower, self._seeker
+        self._debts = DebtBook(core, me)
+        self._credits = CreditBook(core, me, terms, self._transit, self._rooms)
+        self._recalls = Recalls(core, me, terms, self._post, self._credits)
+        self._creditor = Creditor(
+            core, me, terms, self._transit, self._rooms, self._credits, self._recalls, self._owes
         )
-        self._creditor.owes = lambda: self._borrower.borrowed_bytes > 0
-        self._borrower.lent_out = self._creditor.holds
+        lent_out = self._credits.holds
+        self._borrower = Borrower(core, me, terms, self._post, self._rooms, self._debts, lent_out)
+        self._seeker = Seeker(
+            core, me, self._post, self._rooms, self._debts, self._borrower, victims, lent_out
+        )
+        self._mover = Mover(
+            core, me, self._post, self._transit, self._rooms, self._debts, self._seeker
+        )
 
     # Room -------------------------------------------------------------------------
 
@@ -65,8 +74,8 @@ class Lending:
         room = Room(pool, count * pool[1], now_s + timeout_s, told)
         self._rooms.add(room)
         if room.waiting:
-            wanted = self._rooms.missing_bytes - self._creditor.recalled_bytes
-            self._creditor.recall_for(pool, wanted, now_s)
+            wanted = self._rooms.missing_bytes - self._recalls.coming_bytes
+            self._recalls.recall_for(pool, wanted, now_s)
             self._go_on(now_s)
         return room
 
@@ -108,7 +117,7 @@ class Lending:
         elif what == "bring_home":
             self._mover.bring_home(command.bring_home, command.why, now_s)
         elif what == "recall":
-            self._creditor.recall(command.recall, command.why, now_s)
+            self._recalls.command(command.recall, command.why, now_s)
         self._go_on(now_s)
 
     def creditors(
@@ -148,7 +157,7 @@ class Lending:
 
     def discard(self, namespace: NamespaceId, keys: Sequence[Key]) -> None:
         """Once nobody here claims these, their lent copies are dropped, not kept as cache."""
-        self._borrower.discard(namespace, keys)
+        self._debts.discard(namespace, keys)
 
     def tick(self, now_s: float) -> None:
         self._post.tick(now_s)
@@ -162,38 +171,42 @@ class Lending:
 
     def due_s(self) -> float:
         """When `tick` has something to do; infinite: nothing."""
-        parts = (self._post, self._creditor, self._borrower, self._rooms)
+        parts = (self._post, self._credits, self._borrower, self._rooms)
         return min(part.due_s() for part in parts)
 
     # Questions ------------------------------------------------------------------------
 
     def whereabouts(self, namespace: NamespaceId, key: Key) -> str | None:
         """The creditor that has this key for us, and we not any more."""
-        return self._borrower.whereabouts(namespace, key)
+        return self._debts.whereabouts(namespace, key)
 
     def loans(self) -> control_pb2.Loans:
         """Every loan that has not ended, lent and borrowed, as this side sees it."""
-        return to_columns([*self._creditor.loans(), *self._borrower.loans()])
+        return to_columns([*self._credits.loans(), *self._debts.loans()])
 
     @property
     def lent_bytes(self) -> int:
-        return self._creditor.lent_bytes
+        return self._credits.lent_bytes
 
     @property
     def borrowed_bytes(self) -> int:
-        return self._borrower.borrowed_bytes
+        return self._debts.borrowed_bytes
 
     def check(self) -> None:
         """Asserts all invariants."""
         self._rooms.check()
         self._transit.check()
-        self._creditor.check()
-        self._borrower.check()
+        self._credits.check()
+        self._debts.check()
         self._seeker.check()
         self._mover.check()
+
+    def _owes(self) -> bool:
+        return self._debts.borrowed_bytes > 0
 
     def _go_on(self, now_s: float) -> None:
         """Does what has become possible, or is due."""
         self._borrower.run(now_s)
         self._mover.go_on(now_s)
-        self._seeker.go_on(self._creditor.recalled_bytes, now_s)
+        coming_bytes = self._recalls.coming_bytes if self._rooms else 0
+        self._seeker.go_on(coming_bytes, now_s)

@@ -7,11 +7,13 @@ and seen.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvfabric.loans import LoanState
 from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.borrowing import Borrower
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.debt_book import DebtBook
 from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Stage
 from kvfabric_nodes.post import Post
 from kvfabric_nodes.pulls import PullOrder
@@ -20,6 +22,8 @@ from kvfabric_nodes.rounds import Round
 from kvfabric_nodes.seeking import LOAN_KEYS, Seeker
 from kvfabric_nodes.terms import Identity
 from kvfabric_nodes.transit import Cargo, Transit
+
+RECALL_S = 10.0  # a recall of which nothing more is heard for so long is over
 
 
 class Mover:
@@ -32,7 +36,7 @@ class Mover:
         post: Post,
         transit: Transit,
         rooms: Rooms,
-        borrower: Borrower,
+        book: DebtBook,
         seeker: Seeker,
     ) -> None:
         self._core = core
@@ -40,13 +44,13 @@ class Mover:
         self._post = post
         self._transit = transit
         self._rooms = rooms
-        self._borrower = borrower
+        self._book = book
         self._seeker = seeker
         self._recalls: dict[int, Round | None] = {}  # loans, and whom else to ask for them
 
     def recalled(self, request: node_pb2.RecallLoanRequest, now_s: float) -> None:
         """The creditor wants so much of a loan back; said again, the last word counts."""
-        debt = self._borrower.debts.get(request.loan)
+        debt = self._book.debts.get(request.loan)
         if (
             debt is None
             or debt.creditor != request.creditor
@@ -59,14 +63,14 @@ class Mover:
                 place = (debt.batch.namespace, key)
                 self._core.story.note(now_s, *place, "recalled", f"by {debt.creditor}")
         debt.keep_bytes = max(0, debt.owed_bytes - request.size_bytes)
-        debt.recall_s = now_s + self._core.bounded(request.deadline_ms / 1000)
+        debt.recall_s = now_s + min(RECALL_S, request.deadline_ms / 1000)
         debt.restate()
         self._recalls.setdefault(debt.id, None)
-        self._borrower.touch(debt, debt.next_s)
+        self._book.touch(debt, debt.next_s)
 
     def bring_home(self, command: control_pb2.Command.BringHome, why: str, now_s: float) -> None:
         """The manager's wish; as much as there is room for."""
-        debt = self._borrower.debts.get(command.loan)
+        debt = self._book.debts.get(command.loan)
         if debt is None or debt.state is not LoanState.HELD:
             return
         keys = debt.having(Stage.AWAY)
@@ -76,7 +80,7 @@ class Mover:
 
     def go_on(self, now_s: float) -> None:
         for loan, search in list(self._recalls.items()):
-            debt = self._borrower.debts.get(loan)
+            debt = self._book.debts.get(loan)
             if debt is None:
                 del self._recalls[loan]
             elif now_s >= debt.recall_s or not self._move(debt, search, now_s):
@@ -85,7 +89,7 @@ class Mover:
 
     def check(self) -> None:
         """Asserts all invariants."""
-        for debt in self._borrower.debts.values():
+        for debt in self._book.debts.values():
             assert (debt.keep_bytes is not None) == (debt.id in self._recalls)
 
     def _move(self, debt: Debt, search: Round | None, now_s: float) -> bool:
@@ -94,7 +98,7 @@ class Mover:
         slot = debt.batch.slot_bytes
         for key in debt.having(*PENDING):  # its bytes are elsewhere anyhow
             if debt.staying_bytes > debt.keep_bytes:
-                self._borrower.leave(debt, key, now_s, drop=True)
+                self._book.leave(debt, key, now_s, drop=True)
         over = debt.staying_bytes - debt.keep_bytes
         if over <= 0:
             return False
@@ -118,7 +122,7 @@ class Mover:
         debt.recall_s = INFINITY
         debt.doubtful = debt.doubtful or late
         debt.restate()
-        self._borrower.touch(debt, now_s)
+        self._book.touch(debt, now_s)
 
     def _pick(self, debt: Debt, size_bytes: int) -> Batch | None:
         """What is to be copied from one creditor to another."""
@@ -126,17 +130,7 @@ class Mover:
         keys = _idle(debt)[:most]
         if not keys:
             return None
-        b = debt.batch
-        return Batch(
-            b.namespace,
-            b.tenant,
-            b.layers,
-            b.size_bytes,
-            b.slot_bytes,
-            keys,
-            debt.creditor,
-            debt.endpoints,
-        )
+        return replace(debt.batch, keys=keys, source=debt.creditor, endpoints=debt.endpoints)
 
     def _fetch(self, debt: Debt, keys: list[Key], why: str, now_s: float) -> int:
         """Orders keys home; how many there is room for."""
@@ -158,7 +152,7 @@ class Mover:
             left = debt.homing & set(order.keys)  # those that did not come
             debt.homing -= left
             debt.stays_out = debt.stays_out or bool(left)
-            if debt.id in self._borrower.debts:
+            if debt.id in self._book.debts:
                 debt.restate()
 
         _, grants = self._transit.fetch(cargo, ended, now_s)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_nodes.borrowing import DEBTS, Borrower
+from kvfabric.types import Key, NamespaceId
+from kvfabric_nodes.borrowing import Borrower
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.debt_book import DEBTS, DebtBook
 from kvfabric_nodes.debts import Batch
 from kvfabric_nodes.extents import Pool
 from kvfabric_nodes.post import Post
@@ -61,16 +63,20 @@ class Seeker:
         me: Identity,
         post: Post,
         rooms: Rooms,
+        book: DebtBook,
         borrower: Borrower,
         victims: Victims,
+        lent_out: Callable[[NamespaceId, Key], bool],
     ) -> None:
         self.why_none = "no creditor has answered yet"  # of the last search
         self._core = core
         self._me = me
         self._post = post
         self._rooms = rooms
+        self._book = book
         self._borrower = borrower
         self._victims = victims
+        self._lent_out = lent_out
         self._search: Round | None = None  # for room
         self._dry_until_s = float("-inf")
         self._plans: dict[tuple[int, str], Plan] = {}
@@ -107,7 +113,7 @@ class Seeker:
         """Borrows for so many bytes of whom the search names, one loan after the other: for
         how many it has asked, and why not for more (empty: wait)."""
         left_bytes = size_bytes
-        while left_bytes > 0 and self._borrower.in_flight < LENDS_IN_FLIGHT:
+        while left_bytes > 0 and self._book.in_flight < LENDS_IN_FLIGHT:
             offer = search.offer(left_bytes, now_s)
             if offer is None:
                 reason = search.reason if search.exhausted else ""
@@ -115,7 +121,7 @@ class Seeker:
             batch = pick(min(left_bytes, offer.free_bytes))
             if batch is None:
                 return size_bytes - left_bytes, "all that is here is leased, pinned or not lent"
-            if len(self._borrower.debts) >= DEBTS:
+            if len(self._book.debts) >= DEBTS:
                 return size_bytes - left_bytes, f"{DEBTS} loans are open already"
             self._borrower.borrow(
                 batch, offer.node, offer.endpoints, why, now_s, search, offer.last_resort
@@ -131,7 +137,7 @@ class Seeker:
         assert len(self._commands) <= COMMANDS
 
     def _make_room(self, coming_bytes: int, now_s: float) -> None:
-        short = self._rooms.missing_bytes - coming_bytes - self._borrower.freeing_bytes
+        short = self._rooms.missing_bytes - coming_bytes - self._book.freeing_bytes
         if short <= 0:
             return
         if now_s < self._dry_until_s:
@@ -153,7 +159,7 @@ class Seeker:
 
     def _fail(self, why: str, coming_bytes: int) -> bool:
         """No room is to be had, unless some is on its way."""
-        if coming_bytes > 0 or self._borrower.freeing_bytes > 0:
+        if coming_bytes > 0 or self._book.freeing_bytes > 0:
             return False
         self._search = None
         self._rooms.fail(why)
@@ -188,7 +194,7 @@ class Seeker:
 
     def _not_lendable(self, shard: Shard) -> bool:
         place = (shard.namespace, shard.key)
-        taken = place in self._borrower.going or self._borrower.lent_out(*place)
+        taken = place in self._book.going or self._lent_out(*place)
         return taken or shard.pinned or shard.extent.holders > 0
 
 
