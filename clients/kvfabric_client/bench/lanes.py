@@ -55,6 +55,11 @@ class Lane:
         """What the node is filling at this moment."""
         return sum(tier.reserved_bytes for tier in self._client.stats().tiers)
 
+    def pulls(self) -> float:
+        """How many orders to copy shards from other nodes it has."""
+        counters = self._client.stats().counters
+        return sum(each.value for each in counters if each.name == "kvfabric_node_pulls")
+
     @property
     def stored(self) -> NamespaceId:
         """Where `store` puts."""

@@ -218,12 +218,10 @@ class Moves:
     def _undo(self) -> None:
         """The copies go, and the manager knows."""
         keys = list(itertools.chain(*self._moved))
-
-        def gone() -> bool:
-            self._homes[1].forget(keys)  # again, for the last batch may still have been under way
-            return self._holders(keys) == {("source",)}
-
-        _wait(gone, "the copies of a move are not forgotten")
+        # A cancelled move's batches that the target has begun come to their end.
+        _wait(lambda: not self._homes[1].pulls(), "a move's last batches do not end")
+        self._homes[1].forget(keys)
+        _wait(lambda: self._holders(keys) == {("source",)}, "a move's copies are not forgotten")
 
     def _await_manager(self) -> None:
         keys = list(itertools.chain(*self._moved))
