@@ -9,7 +9,7 @@ import grpc
 
 from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
-from kvfabric.types import Key, NamespaceId
+from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_client.deadline import Deadline
 
 
@@ -53,6 +53,56 @@ class Manager:
             self._stub.Explain, request, deadline
         )
         return answer
+
+    def migrate(
+        self, request: control_pb2.MigrateRequest, deadline: Deadline
+    ) -> control_pb2.MigrateResponse:
+        """Begins a move. Not safe to repeat: a second call is a second move."""
+        answer: control_pb2.MigrateResponse = self._call(self._stub.Migrate, request, deadline)
+        return answer
+
+    def moves(self, deadline: Deadline, number: int = 0) -> list[control_pb2.Move]:
+        """One move, or (0) all that are under way or ended lately."""
+        request = control_pb2.ListMovesRequest(move=number)
+        answer: control_pb2.ListMovesResponse = self._call(self._stub.ListMoves, request, deadline)
+        return list(answer.moves)
+
+    def cancel_move(self, number: int, deadline: Deadline) -> None:
+        self._call(self._stub.CancelMove, control_pb2.CancelMoveRequest(move=number), deadline)
+
+    def drain(
+        self, node: str, deadline: Deadline, *, bytes_per_s: int = 0, cancel: bool = False
+    ) -> control_pb2.DrainResponse:
+        """Has the node emptied, or says how far that is; with `cancel` it serves again."""
+        request = control_pb2.DrainRequest(node=node, cancel=cancel, bytes_per_s=bytes_per_s)
+        answer: control_pb2.DrainResponse = self._call(self._stub.Drain, request, deadline)
+        return answer
+
+    def set_policy(
+        self, policy: control_pb2.Policy, deadline: Deadline, *, remove: bool = False
+    ) -> None:
+        request = control_pb2.SetPolicyRequest(policy=policy, remove=remove)
+        self._call(self._stub.SetPolicy, request, deadline)
+
+    def policies(self, deadline: Deadline) -> list[control_pb2.Policy]:
+        request = control_pb2.ListPoliciesRequest()
+        answer: control_pb2.ListPoliciesResponse = self._call(
+            self._stub.ListPolicies, request, deadline
+        )
+        return list(answer.policies)
+
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        deadline: Deadline,
+        *,
+        unpin: bool = False,
+    ) -> list[Status]:
+        """Pins keys over the whole fabric: per key OK, or MISS where no node holds it now."""
+        request = control_pb2.PinKeysRequest(namespace_id=namespace, keys=keys, unpin=unpin)
+        answer: control_pb2.PinKeysResponse = self._call(self._stub.PinKeys, request, deadline)
+        return [Status(status) for status in answer.statuses]
 
     def close(self) -> None:
         self._channel.close()

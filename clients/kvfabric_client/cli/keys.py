@@ -8,10 +8,14 @@ import typer
 
 from kvfabric_client.cli.common import (
     Json,
+    NamespaceText,
     RuntimeDir,
+    Tenant,
     chosen_runtime_dir,
     console,
     duration,
+    hex_bytes,
+    named_namespace,
     print_json,
     size,
     table,
@@ -29,8 +33,6 @@ CALL_DEADLINE_S = 5.0
 PURGE_DEADLINE_S = 60.0
 Answer = TypeVar("Answer")
 
-Tenant = Annotated[str, typer.Option(help="The tenant whose keys are meant.")]
-
 
 def explain(
     key: Annotated[str, typer.Argument(help="The key in hex, or its first digits.")],
@@ -47,7 +49,7 @@ def explain(
     from kvfabric_client.deadline import Deadline
 
     chosen_runtime_dir(runtime_dir)
-    prefix = _hex(key, "KEY")
+    prefix = hex_bytes(key, "KEY")
     events: list[types_pb2.Event] = []
     places: list[str] = []
     silent: list[str] = []
@@ -92,9 +94,7 @@ def explain(
 
 
 def purge(
-    namespace: Annotated[
-        str, typer.Option(help="FINGERPRINT or FINGERPRINT:SALT, both in hex: the room of keys.")
-    ],
+    namespace: NamespaceText,
     key: Annotated[
         list[str] | None,
         typer.Option(help="Only this key, in hex, and all that continues it; repeatable."),
@@ -110,8 +110,8 @@ def purge(
     from kvfabric_client.client import Client
 
     chosen_runtime_dir(runtime_dir)
-    room = _namespace(namespace, tenant)
-    keys = [Key(_hex(text, "--key", digits=64)) for text in key or ()]
+    room = named_namespace(namespace, tenant)
+    keys = [Key(hex_bytes(text, "--key", digits=64)) for text in key or ()]
     what = f"{len(keys)} keys and what continues them" if keys else "the whole namespace"
     if not yes:
         of = f" that {owner} stored" if owner else ""
@@ -180,27 +180,3 @@ def _purged(
         return answer.shards, answer.size_bytes
 
     return call
-
-
-def _namespace(text: str, tenant: str) -> Namespace:
-    from kvfabric.types import Namespace
-
-    fingerprint, _, salt = text.partition(":")
-    return Namespace(
-        tenant,
-        _hex(fingerprint, "--namespace", digits=64),
-        _hex(salt, "--namespace") if salt else b"",
-    )
-
-
-def _hex(text: str, option: str, digits: int | None = None) -> bytes:
-    try:
-        data = bytes.fromhex(text)
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is not pairs of hex digits", param_hint=option
-        ) from error
-    if not data or (digits and len(text) != digits):
-        need = f"{digits}" if digits else "at least 2"
-        raise typer.BadParameter(f"{text!r} has not {need} digits", param_hint=option)
-    return data

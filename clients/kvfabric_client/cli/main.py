@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvfabric_client.cli import cluster, doctor, keys, shows, status
+from kvfabric_client.cli import cluster, doctor, keys, moves, rules, shows, status
 
 
 class _OneLineErrors(TyperGroup):
@@ -37,6 +37,11 @@ app.command()(cluster.down)
 app.command()(status.status)
 app.command()(keys.explain)
 app.command()(keys.purge)
+app.command()(moves.migrate)
+app.command()(moves.drain)
+app.command()(moves.moves)
+app.command()(rules.policy)
+app.command()(rules.pin)
 app.command()(doctor.doctor)
 app.command(context_settings=shows.PASS_ON)(shows.demo)
 app.command(context_settings=shows.PASS_ON)(shows.bench)
