@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -16,19 +18,24 @@ from kvfabric_nodes.states import Head, States
 from kvfabric_nodes.steps import Steps
 
 DEFAULT_LIFE_S = 600.0  # of a group
+FETCH_S = 5.0  # how long a group that begins waits for what lies elsewhere to come here
 
 Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ...]] | None]]
 """The nodes that hold each of these keys; None: the manager does not answer."""
 
+FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
+"""Brings shards from other nodes here, as far as it can."""
+
 
 class GroupCalls:
-    """See the module. `places` asks the manager; None: there is none to ask."""
+    """See the module. `places` asks the manager; None: there is none, and no other node."""
 
     def __init__(self, handler: Handler, groups: Groups, states: States, steps: Steps) -> None:
         self.groups = groups
         self.states = states
         self.steps = steps
         self.places: Places | None = None
+        self.fetch_home: FetchHome | None = None
         self._handler = handler
         self._core = handler.core
 
@@ -77,6 +84,10 @@ class GroupCalls:
             key: next((node for node in nodes if node != own), "")
             for key, nodes in zip(absent, found, strict=False)
         }
+        wanted = [key for key, node in elsewhere.items() if node]
+        if wanted and self.fetch_home is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.fetch_home(group.namespace, wanted), FETCH_S)
         self._put_places(group, elsewhere, response)
 
     def _put_places(

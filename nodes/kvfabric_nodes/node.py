@@ -180,6 +180,7 @@ class Node:
         if heartbeat is not None:
             self.sequence_calls.room.make_room = neighbours.lending_calls.make_room
             self.group_calls.places = heartbeat.inquiries.places
+            self.group_calls.fetch_home = neighbours.homing.fetch_home
             heartbeat.reports.sequences = self.sequences.columns
             heartbeat.reports.steps = self.steps.take
             self._begin(heartbeat.run())

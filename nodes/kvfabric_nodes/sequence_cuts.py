@@ -180,9 +180,10 @@ class CutCalls:
         first to be lent out again for the room that its copy needs."""
         if lack.key is None:
             return await self._room.seek(lack.sequence, lack.session.tenant, 1, within_s)
-        if not await self._room.bring_home(lack.sequence, lack.key, within_s):
-            return False
-        if lack.session.id not in self._core.sessions:
+        home = await self._room.bring_home(lack.sequence, lack.key, within_s)
+        if not home and await self._room.seek(lack.sequence, lack.session.tenant, 1, within_s):
+            home = await self._room.bring_home(lack.sequence, lack.key, within_s)
+        if not home or lack.session.id not in self._core.sessions:
             return False
         lease, _ = self._core.acquire(
             lack.session,

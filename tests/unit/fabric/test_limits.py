@@ -80,5 +80,6 @@ def test_the_limits_of_a_frame_and_the_default_deadline_are_true() -> None:
     assert f"0 means the default of {handler.DEFAULT_DEADLINE_S:.0f} s" in text
     assert f"at most {sequence_calls.DESCRIBED_BLOCKS:,}, and `blocks` in all" in text
     assert f"both for at most {sequence_cuts.CUT_WAIT_S:.0f} s" in text
+    assert f"is fetched first, for up to {group_calls.FETCH_S:.0f} s" in text
     assert f"`life_ms` (0: {group_calls.DEFAULT_LIFE_S / 60:.0f} minutes)" in text
     assert f"silent for {grpc_service.SESSION_SILENCE_S / 60:.0f} minutes ends" in text
