@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvfabric_client.aio import AsyncClient, AsyncRoom
     from kvfabric_client.aio import connect as connect_async
+    from kvfabric_client.aio_sequence import AsyncGroup, AsyncSequence, AsyncState
     from kvfabric_client.answers import Match, Run, View
     from kvfabric_client.client import Client, connect
     from kvfabric_client.room import Room
 
 __all__ = [
     "AsyncClient",
+    "AsyncGroup",
     "AsyncRoom",
+    "AsyncSequence",
+    "AsyncState",
     "Client",
     "Group",
     "Match",
@@ -34,7 +38,10 @@ __all__ = [
 
 _HOMES = {
     "AsyncClient": "aio",
+    "AsyncGroup": "aio_sequence",
     "AsyncRoom": "aio",
+    "AsyncSequence": "aio_sequence",
+    "AsyncState": "aio_sequence",
     "Client": "client",
     "Group": "group",
     "Match": "answers",

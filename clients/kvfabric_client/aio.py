@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
-from kvfabric.types import Key, Namespace, Status
+from kvfabric.types import Format, Key, Namespace, Status
+from kvfabric_client.aio_sequence import AsyncGroup, AsyncSequence, AsyncState
 from kvfabric_client.answers import Match, View
 from kvfabric_client.buffers import Bytes
 from kvfabric_client.client import Client
@@ -48,6 +49,19 @@ class AsyncClient:
 
     async def nodes(self, timeout_s: float | None = None) -> list[control_pb2.NodeInfo]:
         return await self.run(self._client.nodes, timeout_s)
+
+    async def report_steps(
+        self,
+        batch: Sequence[int],
+        tokens: Sequence[int],
+        seconds: Sequence[float],
+        *,
+        waiting: int = 0,
+        timeout_s: float | None = None,
+    ) -> None:
+        await self.run(
+            self._client.report_steps, batch, tokens, seconds, waiting=waiting, timeout_s=timeout_s
+        )
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs one synchronous call in a thread of this client."""
@@ -94,6 +108,7 @@ class AsyncRoom:
         parents: Sequence[Key | None] | None = None,
         layers: int = 1,
         ttl_s: float = 0.0,
+        at: str = "",
         timeout_s: float | None = None,
     ) -> list[Status]:
         statuses: list[Status] = await self._run(
@@ -103,15 +118,21 @@ class AsyncRoom:
             parents=parents,
             layers=layers,
             ttl_s=ttl_s,
+            at=at,
             timeout_s=timeout_s,
         )
         return statuses
 
     async def get(
-        self, keys: Sequence[Key], *, verify: bool = True, timeout_s: float | None = None
+        self,
+        keys: Sequence[Key],
+        *,
+        verify: bool = True,
+        at: str = "",
+        timeout_s: float | None = None,
     ) -> list[Bytes | None]:
         copies: list[Bytes | None] = await self._run(
-            self._room.get, keys, verify=verify, timeout_s=timeout_s
+            self._room.get, keys, verify=verify, at=at, timeout_s=timeout_s
         )
         return copies
 
@@ -121,10 +142,11 @@ class AsyncRoom:
         buffers: Sequence[Any],
         *,
         verify: bool = True,
+        at: str = "",
         timeout_s: float | None = None,
     ) -> list[Status]:
         statuses: list[Status] = await self._run(
-            self._room.get_into, keys, buffers, verify=verify, timeout_s=timeout_s
+            self._room.get_into, keys, buffers, verify=verify, at=at, timeout_s=timeout_s
         )
         return statuses
 
@@ -156,3 +178,23 @@ class AsyncRoom:
             self._room.explain, key, timeout_s=timeout_s
         )
         return events
+
+    async def sequence(self, form: Format | None = None, **options: Any) -> AsyncSequence:
+        """As `Room.sequence`, for an `async with` statement once it is awaited."""
+        return AsyncSequence(await self._run(self._room.sequence, form, **options), self._run)
+
+    async def group(self, chains: Sequence[Sequence[Key]], **options: Any) -> AsyncGroup:
+        return AsyncGroup(await self._run(self._room.group, chains, **options), self._run)
+
+    def state(self, name: str | bytes, *, at: str = "") -> AsyncState:
+        return AsyncState(self._room.state(name, at=at), self._run)
+
+    async def hand_off(self, keys: Sequence[Key], **options: Any) -> dict[str, Any]:
+        given: dict[str, Any] = await self._run(self._room.hand_off, keys, **options)
+        return given
+
+    async def take(
+        self, given: Mapping[str, Any], buffers: Sequence[Any], **options: Any
+    ) -> list[Status]:
+        statuses: list[Status] = await self._run(self._room.take, given, buffers, **options)
+        return statuses

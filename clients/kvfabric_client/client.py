@@ -270,13 +270,12 @@ class Client:
 
     def address_of(self, node: str, deadline: Deadline) -> str:
         """How to reach the node of this name. Empty: nobody knows."""
-        here = next((a for a in self._candidates() if a.endswith(f"/{node}.sock")), "")
-        if here:
-            return here
         info = self.fleet(deadline).get(node)
         if info is None or not info.alive:
             info = self.fleet(deadline, anew=True).get(node)
-        return address_of(info) if info is not None and info.alive else ""
+        if info is not None:
+            return address_of(info) if info.alive else ""
+        return next((a for a in self._candidates() if a.endswith(f"/{node}.sock")), "")
 
     def is_draining(self, node: str, deadline: Deadline) -> bool:
         """Whether the manager is emptying this node, as it said a moment ago; false where it

@@ -244,6 +244,10 @@ class Room(Transfers):
         left_s = deadline.left_s()
         return self.get_into(offer.keys, buffers, verify=verify, at=at, timeout_s=left_s)
 
+    def address_of(self, node: str, *, timeout_s: float | None = None) -> str:
+        """How this process reaches the node of this name, for `at`. Empty: nobody knows it."""
+        return self.client.address_of(node, self.client.deadline(timeout_s))
+
     def pin(self, keys: abc.Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
         """Keeps shards of the home node until unpinned: OK or MISS per key."""
         request = node_pb2.PinRequest(namespace_id=self.id, keys=keys)

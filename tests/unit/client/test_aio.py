@@ -14,6 +14,7 @@ from kvfabric_nodes.node import Node
 
 from .conftest import key, payload
 from .test_deadlines import eventually, promises, stalled
+from .test_sequences import FORM, ids, kv
 
 SPACE = Namespace("default", b"f" * 32)
 
@@ -41,6 +42,46 @@ def test_every_call_of_a_room_has_its_coroutine(home: str) -> None:
             assert await room.purge() == (3, 300_000)
             with pytest.raises(Refused):
                 await room.put(keys, [])
+
+    asyncio.run(main())
+
+
+def test_sequences_groups_states_and_hand_offs_have_their_coroutines(home: str) -> None:
+    prompt, floats = ids(60), kv(60)
+
+    async def main() -> None:
+        async with await kvfabric_client.connect_async(home, timeout_s=20) as client:
+            room = client.open(SPACE)
+            async with await room.sequence(FORM) as sequence:
+                assert await sequence.append(prompt[:40], floats[..., :40, :]) == 40
+                async with await sequence.fork(tentative=True) as fork:
+                    await fork.append(prompt[40:], floats[..., 40:, :])
+                    assert await sequence.accept(fork) == sequence.length == 60
+                assert np.array_equal(await sequence.read(), floats)
+                parts = [part async for _, part in sequence.chunks(max_bytes=1)]
+                assert np.array_equal(np.concatenate(parts, axis=3), floats)
+                target = np.empty_like(floats)
+                assert await sequence.read_into(target) == []
+                assert await sequence.seal() == sequence.sealed == 60
+                places = await sequence.blocks()
+                assert [place.node for place in places] == [sequence.node] * 4
+                with await sequence.view(16, 32) as view:
+                    assert len(view) == 1
+                assert await sequence.truncate(16) == 16
+                assert list(sequence.token_ids) == prompt[:16]
+            keys = [place.key for place in places if place.key is not None]
+            assert len(await room.take(await room.hand_off(keys), [bytearray(6144)] * 4)) == 4
+            async with await room.group([keys, keys]) as group:
+                assert [shared.key for shared in group.shared] == keys
+            state = room.state("s")
+            version = await state.put(b"one", expected=0)
+            value = (await state.get()).value
+            assert value is not None
+            assert bytes(value) == b"one"
+            assert await state.update(lambda value: b"two") > version
+            await client.report_steps([1, 2], [100, 200], [0.1, 0.2], waiting=3)
+            with pytest.raises(Refused, match="one of each per step"):
+                await client.report_steps([1], [1, 2], [0.1])
 
     asyncio.run(main())
 

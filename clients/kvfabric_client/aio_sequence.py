@@ -1,0 +1,149 @@
+"""Sequences, groups and states for asyncio: the same methods as coroutines. See `aio`."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from kvfabric_client.blocks import Array
+from kvfabric_client.group import Group, Shared
+from kvfabric_client.sequence import Sequence
+from kvfabric_client.sequence_reads import SequenceReads
+from kvfabric_client.state import State
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
+
+Run = Callable[..., Coroutine[Any, Any, Any]]
+"""Runs one synchronous call in a thread of the client."""
+
+
+class _Wraps(Protocol[S_co]):
+    @property
+    def sync(self) -> S_co: ...
+
+    @property
+    def run(self) -> Run: ...
+
+
+def _as_coroutine(
+    method: Callable[Concatenate[S, P], T],
+) -> Callable[Concatenate[_Wraps[S], P], Coroutine[Any, Any, T]]:
+    @functools.wraps(method)
+    async def call(self: _Wraps[S], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer: T = await self.run(functools.partial(method, self.sync), *args, **kwargs)
+        return answer
+
+    return call
+
+
+class AsyncSequence:
+    """See `Sequence`. Its views are quick and synchronous; use them in a `with` statement."""
+
+    def __init__(self, sequence: Sequence, run: Run) -> None:
+        self.sync = sequence
+        self.run = run
+
+    append = _as_coroutine(Sequence.append)
+    seal = _as_coroutine(Sequence.seal)
+    truncate = _as_coroutine(Sequence.truncate)
+    move = _as_coroutine(Sequence.move)
+    close = _as_coroutine(Sequence.close)
+    read = _as_coroutine(SequenceReads.read)
+    read_into = _as_coroutine(SequenceReads.read_into)
+    read_blocks = _as_coroutine(SequenceReads.read_blocks)
+    view = _as_coroutine(SequenceReads.view)
+    restore = _as_coroutine(SequenceReads.restore)
+    blocks = _as_coroutine(SequenceReads.blocks)
+
+    @property
+    def length(self) -> int:
+        return self.sync.length
+
+    @property
+    def sealed(self) -> int:
+        return self.sync.sealed
+
+    @property
+    def token_ids(self) -> array[int]:
+        return self.sync.token_ids
+
+    @property
+    def node(self) -> str:
+        return self.sync.node
+
+    async def fork(self, tokens: int | None = None, **options: Any) -> AsyncSequence:
+        return AsyncSequence(await self.run(self.sync.fork, tokens, **options), self.run)
+
+    async def accept(
+        self,
+        fork: AsyncSequence | None,
+        tokens: int | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        taken = None if fork is None else fork.sync
+        length: int = await self.run(self.sync.accept, taken, tokens, timeout_s=timeout_s)
+        return length
+
+    async def chunks(
+        self, start: int = 0, end: int | None = None, **options: Any
+    ) -> AsyncIterator[tuple[range, Array]]:
+        pieces = self.sync.chunks(start, end, **options)
+        while (piece := await self.run(next, pieces, None)) is not None:
+            yield piece
+
+    async def __aenter__(self) -> AsyncSequence:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncGroup:
+    """See `Group`."""
+
+    def __init__(self, group: Group, run: Run) -> None:
+        self.sync = group
+        self.run = run
+
+    close = _as_coroutine(Group.close)
+
+    @property
+    def shared(self) -> list[Shared]:
+        return self.sync.shared
+
+    async def __aenter__(self) -> AsyncGroup:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncState:
+    """See `State`."""
+
+    def __init__(self, state: State, run: Run) -> None:
+        self.sync = state
+        self.run = run
+
+    version = _as_coroutine(State.version)
+    get = _as_coroutine(State.get)
+    swap = _as_coroutine(State.swap)
+    put = _as_coroutine(State.put)
+    update = _as_coroutine(State.update)
