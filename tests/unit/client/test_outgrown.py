@@ -1,7 +1,8 @@
-"""A sequence that outgrows its home node goes on in memory that another node lends."""
+"""What lies on other nodes: a sequence that outgrows its home, and shards brought home."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 import kvfabric_client
+from kvfabric.keys import namespace_id
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
-from kvfabric.types import Format, Namespace
+from kvfabric.types import Format, Key, Namespace
 from kvfabric_nodes.node import Node
 
-from .conftest import Start, address, core_of
+from .conftest import Start, address, core_of, key, payload
 
 SPACE = Namespace("default", b"f" * 32)
 BLOCK_TOKENS = 16
@@ -87,3 +89,44 @@ def test_a_sequence_many_times_its_homes_memory_grows_stays_and_is_read_back(
             creditor.check()
     wait_for(lambda: lent.lent_bytes == borrowed.borrowed_bytes == 0)
     wait_for(lambda: core_of(creditor).books().reserved_bytes == 0)
+
+
+def fetch_home(node: Node, keys: list[Key]) -> list[bool]:
+    assert node._loop is not None
+    work = node.neighbours.homing.fetch_home(namespace_id(SPACE), keys)
+    return asyncio.run_coroutine_threadsafe(work, node._loop).result(DEADLINE_S)
+
+
+def put(node: Node, numbers: range) -> None:
+    with kvfabric_client.connect(address(node, "unix")) as client:
+        client.open(SPACE).put([key(n) for n in numbers], [payload(n, 10_000) for n in numbers])
+
+
+def test_shards_are_brought_home_from_where_the_manager_says(nodes: tuple[Node, Node]) -> None:
+    home, other = nodes
+    put(home, range(2))
+    put(other, range(2, 6))
+    keys = [key(number) for number in range(7)]
+    wait_for(lambda: fetch_home(home, keys) == [True] * 6 + [False])
+    with kvfabric_client.connect(address(home, "unix")) as client:
+        for number, copy in enumerate(client.open(SPACE).get(keys[:6])):
+            assert copy is not None
+            assert np.array_equal(copy, payload(number, 10_000))
+
+
+def test_what_lies_on_a_dead_node_does_not_come(nodes: tuple[Node, Node]) -> None:
+    home, other = nodes
+    put(home, range(1))
+    put(other, range(1, 2))
+    heartbeat = home.neighbours.heartbeat
+    assert heartbeat is not None
+    assert home._loop is not None
+    loop = home._loop
+
+    def seen() -> bool:
+        places = heartbeat.inquiries.places(namespace_id(SPACE), [key(1)])
+        return asyncio.run_coroutine_threadsafe(places, loop).result(DEADLINE_S) == [("creditor",)]
+
+    wait_for(seen)
+    other.stop()
+    assert fetch_home(home, [key(0), key(1)]) == [True, False]
