@@ -175,6 +175,7 @@ class Node:
         """Sequences, groups and steps get to know the other nodes and the manager."""
         self.sequence_calls.room.fetch_home = neighbours.homing.fetch_home
         self.sequence_calls.room.whereabouts = neighbours.lending.whereabouts
+        self.sequence_calls.room.discard = neighbours.lending.discard
         metrics.gauges["sequences"] = lambda: len(self.sequences.all)
         heartbeat = neighbours.heartbeat
         if heartbeat is not None:

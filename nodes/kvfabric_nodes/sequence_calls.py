@@ -154,6 +154,8 @@ class SequenceCalls:
         if sequence is None or request.epoch < sequence.epoch:
             return
         self._writer(session, request)
+        if request.drop:  # where they were lent to, too
+            self.room.discard(sequence.namespace, [block.key for block in sequence.blocks])
         self.sequences.end(sequence, self._now(), let_go=True, drop=request.drop)
 
     # Writing ------------------------------------------------------------------------

@@ -22,15 +22,19 @@ FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
 Whereabouts = Callable[[NamespaceId, Key], str | None]
 """The node that a key was lent to; None: it is not on loan."""
 
+Discard = Callable[[NamespaceId, Sequence[Key]], None]
+"""Once nobody needs these any more, their lent copies are dropped."""
+
 
 class SequenceRoom:
-    """See the module. `make_room`, `fetch_home` and `whereabouts` are lending's."""
+    """See the module. The functions that it is given are lending's."""
 
     def __init__(self, handler: Handler, sequences: Sequences) -> None:
         self.sequences = sequences
         self.make_room: MakeRoom | None = None
         self.fetch_home: FetchHome | None = None
         self.whereabouts: Whereabouts = lambda namespace, key: None
+        self.discard: Discard = lambda namespace, keys: None
         self._handler = handler
 
     def open_blocks(self, sequence: OpenSequence, blocks: int) -> tuple[int, str]:
