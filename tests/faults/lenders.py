@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -149,10 +150,17 @@ class Lenders:
             QUIET_S,
         )
         for node in self.nodes.values():
-            node.settle()
-            node.check_quiet()
-        for node in self.nodes.values():
+            until(partial(_keeps_no_promise, node), f"{node.name} keeps no promise", QUIET_S)
+            node.settles = False  # the others' sessions with it live on for a while
             node.check_end()
+            node.check_quiet()
+
+
+def _keeps_no_promise(node: NodeProcess) -> bool:
+    """No leases, no reservations, no bytes that somebody may still touch."""
+    stats = node.stats()
+    tier = stats.tiers[0]
+    return not (stats.leases or stats.reservations or tier.reserved_bytes or tier.quarantined_bytes)
 
 
 class Growth:
@@ -192,7 +200,7 @@ class Growth:
         assert not self._thread.is_alive()
         return self
 
-    def missing(self, check: Callable[[], None] | None = None) -> int:
+    def missing(self) -> int:
         """Reads everything; how many tokens are missing. Fails for any wrong byte."""
         length = self.sequence.length
         target = np.full_like(expected := kv(0, length, self.seed), np.nan)
