@@ -74,7 +74,8 @@ class OpenSequence:
     length: int = 0  # tokens that are visible in every layer
     ahead: dict[int, int] = field(default_factory=dict)  # layers that are visible further
     forks: dict[int, OpenSequence] = field(default_factory=dict)  # tentative ones
-    away: int = 0  # blocks that are not on this node
+    through_root: int = 0  # its first blocks, so many of which only its root claims
+    away: int = 0  # blocks that it claims and that are not on this node
     watched_s: float = 0.0  # when its deadline is looked at, at the latest
     calls: int = 0  # under way: such a sequence does not end by itself
     open: bool = True
@@ -181,7 +182,10 @@ class OpenSequence:
         assert self.sealed <= self.length <= self.room
         assert all(self.length < n <= self.room for n in self.ahead.values())
         assert len(self.ahead) < max(self.shape.layers, 1) or not self.ahead
-        assert 0 <= self.away <= len(self.blocks)
+        assert 0 <= self.away <= len(self.blocks) - self.through_root
+        if self.through_root:
+            assert self.root is not None
+            assert self.root.blocks[: self.through_root] == self.blocks[: self.through_root]
         for tail in self.tails:
             reservation = tail.reservation
             assert reservation.sequence == self.id

@@ -8,7 +8,7 @@ touches bytes: a caller copies what a fork or a truncation cuts, and verifies wh
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvfabric.errors import Conflict, Refused, Retry
@@ -82,14 +82,17 @@ class Sequences:
                     f"a block of {block.tokens} tokens in a sequence whose full blocks have "
                     f"{shape.block_tokens}"
                 )
-        return self._begin(session, namespace, shape, blocks, idle_s, now_s, None)
+        sequence = self._begin(session, namespace, shape, idle_s, now_s, None)
+        for block in blocks:
+            self.sharing.take(sequence, block)
+        sequence.length = sequence.sealed
+        return sequence
 
     def _begin(
         self,
         session: Session,
         namespace: NamespaceId,
         shape: Shape,
-        blocks: Sequence[Block],
         idle_s: float,
         now_s: float,
         root: OpenSequence | None,
@@ -105,9 +108,6 @@ class Sequences:
         self.all[sequence.id] = sequence
         self._of_session.setdefault(session.id, {})[sequence.id] = sequence
         self._watch(sequence)
-        for block in blocks:
-            self.sharing.take(sequence, block)
-        sequence.length = sequence.sealed
         if root is not None:
             root.forks[sequence.id] = sequence
         return sequence
@@ -295,8 +295,10 @@ class Sequences:
                 )
         elif parent.root is not None:
             raise Refused("a fork of a tentative fork is tentative")
-        shared = parent.blocks[:blocks]
-        return self._begin(session, parent.namespace, parent.shape, shared, idle_s, now_s, root)
+        fork = self._begin(session, parent.namespace, parent.shape, idle_s, now_s, root)
+        self.sharing.share(fork, parent, blocks)
+        fork.length = fork.sealed
+        return fork
 
     def accept(self, parent: OpenSequence, fork_id: int, tokens: int, now_s: float) -> None:
         """The parent's content is the fork's, up to `tokens`; all its tentative forks end."""
@@ -308,16 +310,18 @@ class Sequences:
                 f"{tokens} tokens of an attempt that can be seen from {fork.sealed} to "
                 f"{fork.length}; truncate the sequence for fewer"
             )
+        for other in list(parent.forks.values()):
+            if other is not fork:
+                self.end(other, now_s, let_go=True)
         if fork is not parent:
             self._adopt(parent, fork, now_s)
-        for other in list(parent.forks.values()):
-            self.end(other, now_s, let_go=True)
+            self.end(fork, now_s, let_go=True)
         self.truncate(parent, tokens, now_s)
 
     def _adopt(self, parent: OpenSequence, fork: OpenSequence, now_s: float) -> None:
         self._shed(parent, 0, let_go=True)
-        common = 0
-        for ours, theirs in zip(parent.blocks, fork.blocks, strict=False):
+        common = fork.through_root
+        for ours, theirs in zip(parent.blocks[common:], fork.blocks[common:], strict=False):
             if ours.key != theirs.key:
                 break
             common += 1
@@ -351,13 +355,18 @@ class Sequences:
     ) -> list[Shard]:
         """Blocks to lend out, of one sequence or of all; see sequence_views."""
         one = self.all.get(sequence_id)
-        chosen = self.all.values() if not sequence_id else [one] if one else []
+        chosen: Iterable[OpenSequence]
+        chosen = self._roots() if not sequence_id else [one] if one else []
         return sequence_views.victims(
             chosen, self.sharing.sharers, self.core.shards, pool, size_bytes, skip
         )
 
     def columns(self) -> control_pb2.Sequences:
-        return sequence_views.columns(self.all.values())
+        return sequence_views.columns(self._roots())
+
+    def _roots(self) -> Iterator[OpenSequence]:
+        """All but tentative forks, whose blocks are their roots'."""
+        return (sequence for sequence in self.all.values() if sequence.root is None)
 
     # What happens elsewhere ---------------------------------------------------------
 

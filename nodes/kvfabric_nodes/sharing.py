@@ -1,7 +1,8 @@
 """Which open sequences have which sealed blocks, and how many of these are on this node.
 
 Each sequence claims each of its blocks once, so that a block stays, here or on loan, as
-long as any sequence has it.
+long as any sequence has it. Tentative forks come and go with every step of an engine, so
+they have their root's blocks through it, and claim what it lets go only when it does.
 """
 
 from __future__ import annotations
@@ -40,9 +41,29 @@ class Sharing:
         sequence.ends.append(sequence.sealed + block.tokens)
         sequence.blocks.append(block)
 
+    def share(self, fork: OpenSequence, parent: OpenSequence, blocks: int) -> None:
+        """A new sequence has the first blocks of another."""
+        if (fork.root is not None and parent.through_root >= blocks) or parent is fork.root:
+            fork.blocks, fork.ends = parent.blocks[:blocks], parent.ends[:blocks]
+            fork.through_root = blocks
+            return
+        for block in parent.blocks[:blocks]:
+            self.take(fork, block)
+
+    def _claim_all(self, fork: OpenSequence) -> None:
+        """Its root is about to change."""
+        blocks, fork.blocks, fork.ends = fork.blocks, [], []
+        fork.through_root = 0
+        for block in blocks:
+            self.take(fork, block)
+
     def leave(self, sequence: OpenSequence, kept: int, now_s: float) -> None:
         """Only the first sealed blocks stay the sequence's."""
-        gone = sequence.blocks[kept:]
+        for fork in sequence.forks.values():
+            if fork.through_root > kept:
+                self._claim_all(fork)
+        gone = sequence.blocks[max(kept, sequence.through_root) :]
+        sequence.through_root = min(kept, sequence.through_root)
         del sequence.blocks[kept:], sequence.ends[kept:]
         for block in reversed(gone):
             name = (sequence.namespace, block.key)
@@ -70,7 +91,7 @@ class Sharing:
         sharers: dict[Name, set[OpenSequence]] = {}
         for sequence in sequences:
             away = 0
-            for block in sequence.blocks:
+            for block in sequence.blocks[sequence.through_root :]:
                 name = (sequence.namespace, block.key)
                 assert sequence not in sharers.setdefault(name, set())
                 sharers[name].add(sequence)

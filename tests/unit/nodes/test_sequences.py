@@ -531,6 +531,24 @@ def test_a_fork_of_a_fork_belongs_to_the_same_parent(
         sequences.accept(parent, 7, 0, 0.0)
 
 
+def test_an_attempt_keeps_what_its_parent_lets_go(
+    sequences: Sequences, desk: Desk, keys: Keys
+) -> None:
+    parent = begin(sequences, desk)
+    put(sequences, parent, keys(1, 2))
+    first = sequences.fork(desk.session, parent, 2, IDLE_S, 0.0, tentative=True)
+    second = sequences.fork(desk.session, first, 1, IDLE_S, 0.0, tentative=True)
+    assert [desk.core.shards.claims(desk.namespace, key) for key in keys(1, 2)] == [1, 1]
+
+    sequences.truncate(parent, TOKENS, 0.0)
+
+    assert (first.through_root, second.through_root) == (0, 1)
+    assert [desk.core.shards.claims(desk.namespace, key) for key in keys(1, 2)] == [2, 1]
+    sequences.accept(parent, first.id, 2 * TOKENS, 0.0)
+    assert parent.length == 2 * TOKENS
+    assert [desk.core.shards.claims(desk.namespace, key) for key in keys(1, 2)] == [1, 1]
+
+
 def test_attempts_end_with_their_parent(sequences: Sequences, desk: Desk, core: NodeCore) -> None:
     closed, fenced = begin(sequences, desk), begin(sequences, desk)
     forks = [
