@@ -188,11 +188,15 @@ class Writer:
                 return
             try:
                 self._append_some(at, first, ids, source, layer, deadline)
-            except Unreachable:
+            except (Unreachable, Refused, Conflict) as error:
                 moves += 1
                 if moves > MAX_MOVES:
                     raise
+                before = self.home
                 self.ready(deadline)
+                # A node that has forgotten the sequence refuses it; else it knows why it refused.
+                if self.home is before and not isinstance(error, Unreachable):
+                    raise
 
     def _append_some(
         self,

@@ -1,4 +1,4 @@
-"""The README's Python example does what the README says, on a real node."""
+"""The README's Python examples do what the README says, on a real node."""
 
 from __future__ import annotations
 
@@ -27,11 +27,22 @@ def runtime_dir(tmp_path: Path) -> Iterator[Path]:
     node.stop()
 
 
-def test_the_example_runs_and_prints_what_the_readme_says(runtime_dir: Path) -> None:
-    text = README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (printed,) = re.findall(r"It prints `([^`]+)`", text)
+EXAMPLES = re.findall(
+    r"^```python\n(.*?)^```\n\nIt prints `([^`]+)`",
+    README.read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
 
+
+def test_every_example_says_what_it_prints() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(EXAMPLES) == text.count("\n```python\n") == 2
+
+
+@pytest.mark.parametrize(("example", "printed"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_runs_and_prints_what_the_readme_says(
+    runtime_dir: Path, example: str, printed: str
+) -> None:
     for _ in range(2):  # "in this process and in any other"
         done = subprocess.run(
             [sys.executable, "-c", example],
