@@ -33,10 +33,24 @@ class Manager:
 
     def locate(self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline) -> list[str]:
         """The best node per key; empty where no node holds it."""
+        return [next(iter(nodes), "") for nodes in self.places(namespace, keys, deadline)]
+
+    def places(
+        self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
+    ) -> list[Sequence[str]]:
+        """The nodes that hold each key, best first."""
         request = control_pb2.LocateRequest(namespace_id=namespace, keys=keys)
         answer: control_pb2.LocateResponse = self._call(self._stub.Locate, request, deadline)
-        names = [place.nodes[0] if place.nodes else "" for place in answer.places] + [""]
-        return [names[min(index, len(names) - 1)] for index in answer.place]
+        places: list[Sequence[str]] = [place.nodes for place in answer.places]
+        places.append(())
+        return [places[min(index, len(places) - 1)] for index in answer.place]
+
+    def ledger(self, deadline: Deadline) -> control_pb2.LedgerResponse:
+        """Who owes whom what."""
+        answer: control_pb2.LedgerResponse = self._call(
+            self._stub.Ledger, control_pb2.LedgerRequest(), deadline
+        )
+        return answer
 
     def stats(self, deadline: Deadline) -> control_pb2.ControlServiceStatsResponse:
         request = control_pb2.ControlServiceStatsRequest()

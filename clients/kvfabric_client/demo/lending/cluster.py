@@ -110,6 +110,7 @@ def cluster(
                 [
                     *("--node", name, "--memory", str(memory), "--segment", str(segment_bytes)),
                     *("--runtime-dir", str(runtime_dir), "--manager", manager.line["manager"]),
+                    *("--keeper", "false"),  # what is killed here is to stay dead
                 ],
                 logs / f"{name}.log",
             )

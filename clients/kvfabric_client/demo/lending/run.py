@@ -9,7 +9,7 @@ import numpy as np
 
 from kvfabric.errors import DeadlineExceeded
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric.types import Namespace
+from kvfabric.types import Namespace, NamespaceId
 from kvfabric_client.client import Client, connect
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.demo.lending.cluster import HOME, LENDERS, Cluster, cluster
@@ -133,7 +133,7 @@ class _Story:
             self._result.drained_in_s = time.monotonic() - begun_s
             step.result = "it may be deleted"
 
-    def _copy(self, namespace: bytes, sequence: Sequence) -> None:
+    def _copy(self, namespace: NamespaceId, sequence: Sequence) -> None:
         """A second replica of all, so that a loss costs nothing."""
         keys = [place.key for place in sequence.blocks() if place.key is not None]
         with self._steps.step("a second replica of every block is made") as step:
