@@ -8,6 +8,7 @@ tests and embedding, can block one another there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -272,23 +273,18 @@ class ManagerServer:
             store = self._open_store(started)
             self.epoch = store.epoch
             metrics = Metrics(MANAGER_METRICS)
-            self._service = ControlService(  # type: ignore[abstract]
-                self.settings, self.epoch, self._clock, metrics, store
-            )
+            self._service = ControlService(self.settings, self.epoch, self._clock, metrics, store)
             self.address = self._serve(started)
             if self.settings.metrics:
                 server = MetricsServer(metrics, self.settings.metrics)
                 started.callback(server.stop)
                 self.metrics_address = self._service.metrics_address = server.address
             self._stopping.clear()
-            ticker = threading.Thread(target=self._tick, name="manager-tick", daemon=True)
-            ticker.start()
-            started.callback(ticker.join)
-            watch = threading.Thread(
-                target=self._watch, args=(store,), name="manager-watch", daemon=True
-            )
-            watch.start()
-            started.callback(watch.join)
+            watch = functools.partial(self._watch, store)
+            for work, name in ((self._tick, "tick"), (self._plan, "plan"), (watch, "watch")):
+                thread = threading.Thread(target=work, name=f"manager-{name}", daemon=True)
+                thread.start()
+                started.callback(thread.join)
             started.callback(self._stopping.set)
             self._running = started.pop_all()
         log.info("manager serves", address=self.address, epoch=self.epoch)
