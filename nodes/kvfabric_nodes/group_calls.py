@@ -18,7 +18,7 @@ from kvfabric_nodes.states import Head, States
 from kvfabric_nodes.steps import Steps
 
 DEFAULT_LIFE_S = 600.0  # of a group
-FETCH_S = 5.0  # how long a group that begins waits for what lies elsewhere to come here
+FETCH_S = 2.0  # how long a group that begins waits for what lies elsewhere to come here
 
 Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ...]] | None]]
 """The nodes that hold each of these keys; None: the manager does not answer."""

@@ -35,6 +35,7 @@ class Wire:
         hello = node_pb2.HelloRequest(min_version=1, max_version=1, namespaces=[SPACE])
         answer = self.life.call("hello", hello, _soon()).hello_response
         (self.space,) = answer.namespace_ids
+        self.session = answer.session
 
     def call(self, method: str, request: Any) -> Any:
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in method).lstrip("_")
