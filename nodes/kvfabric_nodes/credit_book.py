@@ -10,7 +10,6 @@ from kvfabric.loans import COUNTED, Loan, LoanId, LoanState, move
 from kvfabric.rpc.v1 import types_pb2
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.room import Rooms
 from kvfabric_nodes.shards import Shard
 from kvfabric_nodes.terms import Identity, Terms
 from kvfabric_nodes.transit import Transit
@@ -64,9 +63,7 @@ class Credit:
 class CreditBook:
     """See the module."""
 
-    def __init__(
-        self, core: NodeCore, me: Identity, terms: Terms, transit: Transit, rooms: Rooms
-    ) -> None:
+    def __init__(self, core: NodeCore, me: Identity, terms: Terms, transit: Transit) -> None:
         self.all: dict[LoanId, Credit] = {}
         self.ended: dict[LoanId, None] = {}
         self.lent_bytes = 0
@@ -75,7 +72,6 @@ class CreditBook:
         self._me = me
         self._terms = terms
         self._transit = transit
-        self._rooms = rooms
         self._by_key: dict[tuple[NamespaceId, Key], list[Credit]] = {}
         self._debtors: dict[str, int] = {}  # their newest incarnation
         core.on_sealed.append(self._sealed)
@@ -151,8 +147,6 @@ class CreditBook:
             del self._by_key[place]
         self._core.story.note(now_s, credit.namespace, key, what, why)
         self._core.end_of_claim(credit.namespace, key, now_s)
-        if not self._core.shards.claims(credit.namespace, key):
-            self._rooms.gain(slot_bytes)
 
     def settle(self, credit: Credit, end: LoanState, why: str, now_s: float) -> None:
         """Brings the state in line with what is lent; an empty loan has ended."""

@@ -54,13 +54,25 @@ class DebtBook:
     @property
     def in_flight(self) -> int:
         """Loans that wait for their bytes."""
-        return len({debt.id for debt in self.going.values()})
+        waiting = (Stage.ASKED, Stage.COMING)
+        going = self.going.items()
+        return len({debt.id for (_, key), debt in going if debt.stages[key] in waiting})
+
+    @property
+    def promised_bytes(self) -> int:
+        """What loans under way will free here, sooner or later."""
+        me = self._me.node
+        return sum(d.batch.slot_bytes for d in self.going.values() if d.batch.source == me)
 
     @property
     def freeing_bytes(self) -> int:
-        """What loans under way will free here."""
-        me = self._me.node
-        return sum(d.batch.slot_bytes for d in self.going.values() if d.batch.source == me)
+        """What they will free soon: without what is under a lease."""
+        leased = 0
+        for place, debt in self.going.items():
+            shard = self._core.shards.get(*place)
+            if shard is not None and shard.extent.holders and debt.batch.source == self._me.node:
+                leased += debt.batch.slot_bytes
+        return self.promised_bytes - leased
 
     # Changes --------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class Lending:
         self._post = Post()
         self._transit = Transit(core, self._post)
         self._debts = DebtBook(core, me)
-        self._credits = CreditBook(core, me, terms, self._transit, self._rooms)
+        self._credits = CreditBook(core, me, terms, self._transit)
         self._recalls = Recalls(core, me, terms, self._post, self._credits)
         self._creditor = Creditor(
             core, me, terms, self._transit, self._rooms, self._credits, self._recalls, self._owes
@@ -53,6 +53,8 @@ class Lending:
         self._mover = Mover(
             core, me, self._post, self._transit, self._rooms, self._debts, self._seeker
         )
+        self._core = core
+        core.on_unclaimed.append(self._unclaimed)
 
     # Room -------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Lending:
 
     def due_s(self) -> float:
         """When `tick` has something to do; infinite: nothing."""
-        parts = (self._post, self._credits, self._borrower, self._rooms)
+        parts = (self._post, self._credits, self._borrower, self._seeker, self._rooms)
         return min(part.due_s() for part in parts)
 
     # Questions ------------------------------------------------------------------------
@@ -200,6 +202,12 @@ class Lending:
         self._debts.check()
         self._seeker.check()
         self._mover.check()
+
+    def _unclaimed(self, namespace: NamespaceId, key: Key, now_s: float) -> None:
+        """What nobody needs any more can be evicted: room for whoever waits."""
+        shard = self._core.shards.get(namespace, key)
+        if self._rooms and shard is not None and not shard.pinned:
+            self._rooms.gain(shard.extent.size_bytes)
 
     def _owes(self) -> bool:
         return self._debts.borrowed_bytes > 0

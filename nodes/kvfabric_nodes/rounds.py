@@ -94,7 +94,7 @@ class Round:
             self.reason = f"the manager does not say who could lend: {why}"
             self._empty = True
         else:
-            columns = zip(answer.nodes, answer.endpoints, answer.free_bytes, strict=True)
+            columns = zip(answer.nodes, answer.endpoints, answer.free_bytes, strict=False)
             for node, endpoints, free_bytes in columns:
                 if node not in self._barred and node not in self._tried:
                     offer = Offer(node, endpoints, max(free_bytes, 1))

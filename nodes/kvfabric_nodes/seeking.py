@@ -19,10 +19,13 @@ from kvfabric_nodes.rounds import Offer, Round
 from kvfabric_nodes.shards import Shard
 from kvfabric_nodes.terms import Identity
 
+NOTHING_TO_LEND = "all that is here is leased, pinned, kept for others, or not a sequence's"
 LOAN_KEYS = 64  # of one loan
 LENDS_IN_FLIGHT = 4  # loans that wait for their bytes
-AHEAD_PART = 16  # a node that borrows takes this part of its memory more, at most one loan, so
+AHEAD_PART = 8  # a node that borrows takes this part of its memory more, at most one loan, so
 #                  that a sequence that grows does not borrow block by block
+STUCK_S = 2.0  # what is leased now may be free by then; else there is no room
+STUCK_POLL_S = 0.1
 DRY_S = 1.0  # nobody is asked again for so long when nobody had room
 COMMANDS = 1024  # of the manager, remembered so that a repeated one is known
 PLANS = 64  # of the manager, under way at a time
@@ -79,15 +82,18 @@ class Seeker:
         self._lent_out = lent_out
         self._search: Round | None = None  # for room
         self._dry_until_s = float("-inf")
+        self._stuck_s: float | None = None  # since when there is nothing to lend
+        self._look_s = 0.0  # when to look again
         self._plans: dict[tuple[int, str], Plan] = {}
         self._commands: dict[tuple[int, int], None] = {}
 
     def go_on(self, coming_bytes: int, now_s: float) -> None:
         """`coming_bytes`: of the room that is wanted, so much comes free by itself."""
+        self._look_s = now_s + STUCK_POLL_S
         if self._rooms:
             self._make_room(coming_bytes, now_s)
         else:
-            self._search = None
+            self._search = self._stuck_s = None
         for name, plan in list(self._plans.items()):
             why = self._carry_out(plan, now_s)
             if why or plan.left_bytes <= 0:
@@ -120,7 +126,7 @@ class Seeker:
                 return size_bytes - left_bytes, reason
             batch = pick(min(left_bytes, offer.free_bytes))
             if batch is None:
-                return size_bytes - left_bytes, "all that is here is leased, pinned or not lent"
+                return size_bytes - left_bytes, NOTHING_TO_LEND
             if len(self._book.debts) >= DEBTS:
                 return size_bytes - left_bytes, f"{DEBTS} loans are open already"
             self._borrower.borrow(
@@ -130,6 +136,10 @@ class Seeker:
             search.used(offer.node, part)
             left_bytes -= part
         return size_bytes - left_bytes, ""
+
+    def due_s(self) -> float:
+        """When leases may have ended; infinite: nobody waits for that."""
+        return self._look_s if self._stuck_s is not None else float("inf")
 
     def check(self) -> None:
         """Asserts all invariants."""
@@ -149,19 +159,29 @@ class Seeker:
         blocks = -(-self._rooms.missing_bytes // pool[1])
         ahead = min(self._core.extents.capacity_bytes // AHEAD_PART, LOAN_KEYS * pool[1])
         why_lent = f"no room for {blocks} block{'s' * (blocks > 1)}"
-        _, why = self.spread(
+        asked_bytes, why = self.spread(
             self._search, short + ahead, lambda size: self._pick(pool, size), why_lent, now_s
         )
+        if asked_bytes:
+            self._stuck_s = None
         if why:
             self.why_none = why
-            if self._fail(why, coming_bytes):
-                self._dry_until_s = now_s + DRY_S
+        if why == NOTHING_TO_LEND and not self._stuck(now_s):
+            return
+        if why and self._fail(why, coming_bytes):
+            self._dry_until_s = now_s + DRY_S
+
+    def _stuck(self, now_s: float) -> bool:
+        """Whether nothing could be lent for so long that it is not worth the wait."""
+        if self._stuck_s is None:
+            self._stuck_s = now_s
+        return now_s >= self._stuck_s + STUCK_S
 
     def _fail(self, why: str, coming_bytes: int) -> bool:
         """No room is to be had, unless some is on its way."""
-        if coming_bytes > 0 or self._book.freeing_bytes > 0:
+        if coming_bytes > 0 or self._book.promised_bytes > 0:
             return False
-        self._search = None
+        self._search = self._stuck_s = None
         self._rooms.fail(why)
         return True
 

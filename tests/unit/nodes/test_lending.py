@@ -146,6 +146,45 @@ def test_a_copy_under_a_lease_is_dropped_when_the_lease_ends(town: Town) -> None
     assert room.state is RoomState.DONE
 
 
+def test_room_that_leases_hold_is_waited_for(town: Town) -> None:
+    a = town["a"]
+    leased = [a.desk.lease([each], 100.0) for each in fill(a, 0)]
+    room = a.make_room()
+    town.run(1.5)
+    assert room.waiting
+
+    a.core.release(a.desk.session, leased[-3:])
+    town.until(lambda: not room.waiting)
+    assert room.state is RoomState.DONE
+    assert all(a.shard(key(number)) for number in range(SLOTS - 3))
+
+    a.core.release(a.desk.session, leased)
+
+
+def test_room_is_not_waited_for_behind_a_loan_that_a_lease_holds_up(town: Town) -> None:
+    a = town["a"]
+    keys = fill(a, 0)
+    town.weather.pull_s = 1.0
+    room = a.make_room()
+    town.until(lambda: bool(town["b"].loans()))
+    held = a.desk.lease(keys[:3], 100.0)
+    town.until(lambda: not room.waiting, 10.0)
+
+    assert room.state is RoomState.DONE
+    assert all(a.shard(each) for each in keys[:3])
+    a.core.release(a.desk.session, [held])
+
+
+def test_room_comes_too_when_blocks_here_are_needed_no_more(town: Town) -> None:
+    town.weather.manager = False
+    a = town["a"]
+    leased = [a.desk.lease([each], 100.0) for each in fill(a, 0)]
+    room = a.make_room()
+    town["a"].forget(key(3))
+    assert room.state is RoomState.DONE
+    a.core.release(a.desk.session, leased)
+
+
 def test_what_is_needed_no_more_is_returned_and_stays_as_cache(town: Town) -> None:
     a, b = town["a"], town["b"]
     keys = lend(town)
@@ -339,7 +378,7 @@ def test_circular_debts_are_repaid_by_bringing_home() -> None:
     of_a = lend(town, "a")
     for each in of_a[-6:]:
         a.forget(each)
-    fill(b, 500, SLOTS - 2)
+    fill(b, 500, SLOTS - len(b.core.shards.room(b.namespace)))
     what = control_pb2.Command.LendOut(sequence=7, size_bytes=2048, creditor="a")
     b.lending.command(control_pb2.Command(id=1, lend_out=what), 1, town.now_s)
     b.carry_out()
