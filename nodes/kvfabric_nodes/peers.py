@@ -23,11 +23,12 @@ from kvfabric.wire import sockets
 from kvfabric.wire.connection import Connection
 from kvfabric.wire.frames import MAX_HEADER_BYTES
 
-CALL_THREADS = 4
+CALL_THREADS = 8
+CALLS_PER_NODE = 2  # at once: a node that does not answer must not keep all threads
 MAX_WAITING_CALLS = 256
 MAX_SESSIONS = 256
 CONNECT_TIMEOUT_S = 2.0
-AWAY_S = 1.0  # a node that did not answer a connection in time is not tried again before
+AWAY_S = 1.0  # a node that did not answer in time is not tried again before
 IDLE_S = 60.0  # a session that nobody used for longer ends
 
 
@@ -176,6 +177,7 @@ class Peers:
         self._lock = threading.Lock()
         self._places: dict[str, _Place] = {}
         self._pool = ThreadPoolExecutor(CALL_THREADS, "kvfabric-peer")
+        self._gates: dict[str, asyncio.Semaphore] = {}
         self._waiting = 0
         self._closed = False
 
@@ -197,10 +199,19 @@ class Peers:
         self._waiting += 1
         try:
             deadline_s = time.monotonic() + timeout_s
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._pool, self.call_now, node, endpoints, method, request, deadline_s
-            )
+            gate = self._gates.setdefault(node, asyncio.Semaphore(CALLS_PER_NODE))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await gate.acquire()
+            except TimeoutError as error:
+                raise DeadlineExceeded(f"node {node} does not answer other calls") from error
+            try:
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(
+                    self._pool, self.call_now, node, endpoints, method, request, deadline_s
+                )
+            finally:
+                gate.release()
         finally:
             self._waiting -= 1
 
@@ -213,11 +224,19 @@ class Peers:
         deadline_s: float,
     ) -> Any:
         """As `call`, for threads that may wait."""
+        with self._lock:
+            place = self._places.setdefault(node, _Place())
+        if time.monotonic() < place.away_until_s:
+            raise Unreachable(f"node {node} did not answer a moment ago")
         with (
             self._session(node, endpoints, deadline_s) as session,
             session.connection(deadline_s) as connection,
         ):
-            frame = connection.call(method, request, deadline_s)
+            try:
+                frame = connection.call(method, request, deadline_s)
+            except DeadlineExceeded:
+                place.away_until_s = time.monotonic() + AWAY_S
+                raise
             return getattr(frame, f"{method}_response")
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ at a time, so that its rate needs no lock.
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -121,7 +121,8 @@ class PullLimits:
 
     parallel: int = 4  # batches at once
     throttled: int = 3  # of these: somebody who waits for room must not wait for a slow one
-    unthrottled: int = 2  # of these: more would only get in each other's way
+    unthrottled: int = 3  # of these: more would only get in each other's way
+    per_source: int = 2  # of these: a source that does not answer must not keep them all
     orders: int = 1024
     keys: int = 262_144  # of all orders together
     attempts: int = 6  # without any progress
@@ -156,6 +157,7 @@ class Pulls:
         self._works: dict[tuple[str, int], _Work] = {}
         self._flying: set[tuple[NamespaceId, Key]] = set()
         self._running = {True: 0, False: 0}  # batches under way, throttled and not
+        self._sources: Counter[str] = Counter()  # of these
         self._keys = 0  # of all works
         self._turns = 0
 
@@ -202,14 +204,12 @@ class Pulls:
     def start(self, now_s: float) -> list[Batch]:
         """The batches that begin now: the most urgent orders first, equals in turn."""
         batches: list[Batch] = []
-        most = {True: self.limits.throttled, False: self.limits.unthrottled}
         if self.running >= self.limits.parallel:
             return batches
         for work in sorted(self._works.values(), key=lambda w: (w.order.priority, w.turn)):
             if self.running >= self.limits.parallel:
                 break
-            slow = work.throttle.on
-            if work.batch is None and work.retry_at_s <= now_s and self._running[slow] < most[slow]:
+            if work.batch is None and work.retry_at_s <= now_s and self._may_start(work):
                 self._start(work, batches)
         return batches
 
@@ -231,6 +231,8 @@ class Pulls:
         assert work.batch is batch
         work.batch = None
         self._running[work.throttle.on] -= 1
+        self._sources[batch.order.source] -= 1
+        self._sources = +self._sources
         self._flying.difference_update((batch.order.namespace, key) for key in batch.keys)
         work.size_bytes += size_bytes
         work.outcomes.update(verdicts)
@@ -257,6 +259,8 @@ class Pulls:
         assert self.running == len(batches) <= self.limits.parallel
         slow = sum(batch.throttle.on for batch in batches)
         assert self._running[True] == slow <= self.limits.throttled
+        assert self._sources == Counter(batch.order.source for batch in batches)
+        assert all(count <= self.limits.per_source for count in self._sources.values())
         assert self._running[False] == len(batches) - slow <= self.limits.unthrottled
         flying = [(batch.order.namespace, key) for batch in batches for key in batch.keys]
         assert len(flying) == len(self._flying)
@@ -269,6 +273,11 @@ class Pulls:
             assert len(parts) == len(set(work.order.keys)), "a key is lost, or there twice"
             assert set(parts) == set(work.order.keys)
             assert work.batch or work.pending, "an order that is done has not ended"
+
+    def _may_start(self, work: _Work) -> bool:
+        limits, slow = self.limits, work.throttle.on
+        most = limits.throttled if slow else limits.unthrottled
+        return self._running[slow] < most and self._sources[work.order.source] < limits.per_source
 
     def _start(self, work: _Work, batches: list[Batch]) -> None:
         """Begins a batch, unless all its keys are under way for other orders."""
@@ -287,6 +296,7 @@ class Pulls:
         work.batch = Batch(work.order, tuple(chosen), work.throttle)
         self._flying.update((namespace, key) for key in chosen)
         self._running[work.throttle.on] += 1
+        self._sources[work.order.source] += 1
         batches.append(work.batch)
 
     def _end_if_done(self, work: _Work, now_s: float) -> None:

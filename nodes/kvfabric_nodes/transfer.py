@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 2.0
 FRAME_TIMEOUT_S = 10.0  # a source that sends nothing for longer is left
 VERIFY_TIMEOUT_S = 10.0
 SLACK_S = 30.0  # what a transfer may take beyond what its rate says

@@ -38,6 +38,7 @@ LIMITS = PullLimits(
     parallel=3,
     throttled=2,
     unthrottled=2,
+    per_source=2,
     orders=8,
     keys=400,
     attempts=3,
@@ -53,12 +54,13 @@ def order(
     priority: int = MOVE,
     space: NamespaceId | None = None,
     bytes_per_s: int = 0,
+    source: str = "source",
 ) -> PullOrder:
     return PullOrder(
         number,
         space or namespace("a"),
         tuple(key(k) for k in keys),
-        "source",
+        source,
         types_pb2.Endpoints(),
         bytes_per_s=bytes_per_s,
         priority=priority,
@@ -92,9 +94,19 @@ def test_the_most_urgent_orders_go_first_and_no_more_than_two_at_once(pulls: Pul
     assert [batch.order.id for batch in pulls.start(0.0)] == [0]
 
 
+def test_one_source_never_takes_every_place() -> None:
+    pulls = Pulls(PullLimits(parallel=4, unthrottled=3, per_source=2))
+    for number in range(4):
+        pulls.add(order(number, [number], priority=REPAIR, source="stopped"), 0.0)
+    pulls.add(order(5, [5], priority=BALANCE, source="well"), 0.0)
+    assert [batch.order.id for batch in pulls.start(0.0)] == [0, 1, 5]
+    pulls.check()
+
+
 def test_slow_ones_never_take_every_place(pulls: Pulls) -> None:
     for number in range(4):
-        pulls.add(order(number, [number], priority=REPAIR, bytes_per_s=MIB), 0.0)
+        wanted = order(number, [number], priority=REPAIR, bytes_per_s=MIB, source=f"n{number}")
+        pulls.add(wanted, 0.0)
     for number in range(4, 8):
         pulls.add(order(number, [number], priority=BALANCE), 0.0)
     assert [batch.order.id for batch in pulls.start(0.0)] == [0, 1, 4]
@@ -286,10 +298,13 @@ class Histories(RuleBasedStateMachine):
         count=st.integers(0, 90),
         priority=st.sampled_from([REPAIR, MOVE, BALANCE]),
         bytes_per_s=st.sampled_from([0, MIB]),
+        source=st.sampled_from(["one", "another"]),
     )
-    def add(self, first: int, count: int, priority: int, bytes_per_s: int) -> None:
+    def add(self, first: int, count: int, priority: int, bytes_per_s: int, source: str) -> None:
         keys = range(first, first + count)
-        wanted = order(self.next_id, keys, priority=priority, bytes_per_s=bytes_per_s)
+        wanted = order(
+            self.next_id, keys, priority=priority, bytes_per_s=bytes_per_s, source=source
+        )
         try:
             self.pulls.add(wanted, self.now_s)
         except Retry:
