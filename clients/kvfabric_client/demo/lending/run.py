@@ -171,7 +171,7 @@ class _Story:
             time.sleep(LOOK_S)
 
     def _see(self, moment: str) -> None:
-        time.sleep(2 * LOOK_S)  # a heartbeat, so that what is shown is of now
+        self._books()  # heartbeats have told of everything then
         holdings = {info.node: Holding.of(info) for info in self._infos()}
         self._result.holdings[moment] = {name: holdings[name] for name in (HOME, *LENDERS)}
 
