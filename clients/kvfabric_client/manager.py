@@ -52,6 +52,13 @@ class Manager:
         )
         return answer
 
+    def plans(self, deadline: Deadline) -> list[control_pb2.Plan]:
+        """What the planner decided lately, oldest first."""
+        answer: control_pb2.ListPlansResponse = self._call(
+            self._stub.ListPlans, control_pb2.ListPlansRequest(), deadline
+        )
+        return list(answer.plans)
+
     def stats(self, deadline: Deadline) -> control_pb2.ControlServiceStatsResponse:
         request = control_pb2.ControlServiceStatsRequest()
         answer: control_pb2.ControlServiceStatsResponse = self._call(

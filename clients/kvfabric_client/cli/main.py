@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvfabric_client.cli import cluster, doctor, keys, moves, rules, shows, status
+from kvfabric_client.cli import cluster, doctor, keys, loans, moves, rules, shows, status
 
 
 class _OneLineErrors(TyperGroup):
@@ -40,6 +40,8 @@ app.command()(keys.purge)
 app.command()(moves.migrate)
 app.command()(moves.drain)
 app.command()(moves.moves)
+app.command()(loans.ledger)
+app.command()(loans.plans)
 app.command()(rules.policy)
 app.command()(rules.pin)
 app.command()(doctor.doctor)

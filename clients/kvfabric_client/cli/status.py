@@ -64,6 +64,9 @@ class NodeView:
     leases: int
     pins: int
     reservations: int
+    draining: bool
+    lent_bytes: int
+    borrowed_bytes: int
     counters: dict[str, float]
 
 
@@ -88,6 +91,9 @@ def view(info: control_pb2.NodeInfo) -> NodeView:
         leases=stats.leases,
         pins=stats.pins,
         reservations=stats.reservations,
+        draining=info.draining,
+        lent_bytes=info.lent_bytes,
+        borrowed_bytes=info.borrowed_bytes,
         counters=counters,
     )
 
@@ -209,6 +215,12 @@ def _show(manager: dict[str, object], nodes: list[NodeView], trouble: str) -> No
                 "" if index else _percent(node.hit_rate),
             )
     out.print(rows)
+    parties = [node for node in nodes if node.lent_bytes or node.borrowed_bytes]
+    if parties:
+        loans = table("node", "lent", "borrowed", right=("lent", "borrowed"))
+        for node in parties:
+            loans.add_row(node.name, size(node.lent_bytes), size(node.borrowed_bytes))
+        out.print(loans)
 
 
 def _state(node: NodeView) -> str:
@@ -219,6 +231,8 @@ def _state(node: NodeView) -> str:
     ready_bytes = sum(tier.ready_bytes for tier in node.tiers)
     if ready_bytes < capacity_bytes:
         return f"[yellow]warm {ready_bytes / capacity_bytes:.0%}[/yellow]"
+    if node.draining:
+        return "[yellow]draining[/yellow]"
     return "[green]alive[/green]"
 
 

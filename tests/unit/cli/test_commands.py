@@ -149,7 +149,13 @@ def test_a_node_that_was_never_asked_has_no_hit_rate() -> None:
 
 
 def test_a_full_table_is_readable_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    info = control_pb2.NodeInfo(node="ray-01234567", alive=False, silent_ms=123_000)
+    info = control_pb2.NodeInfo(
+        node="ray-01234567",
+        alive=False,
+        silent_ms=123_000,
+        lent_bytes=999 << 30,
+        borrowed_bytes=5 << 20,
+    )
     info.stats.tiers.add(
         tier=types_pb2.TIER_DRAM, capacity_bytes=999 << 30, held_bytes=998 << 30, shards=1_234_567
     )
@@ -160,6 +166,7 @@ def test_a_full_table_is_readable_in_80_columns(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines) <= 80
     assert any("ray-01234567" in line and "1,234,567" in line for line in lines)
+    assert any("ray-01234567" in line and "5.0 MiB" in line for line in lines)
 
 
 @pytest.mark.parametrize(
