@@ -755,7 +755,8 @@ class NodeCore:
         books = self.books()
         return (
             f"no room for {size_bytes} bytes: of {books.capacity_bytes}, {books.held_bytes} are "
-            f"held by leases, pins or other shard sizes, {books.reserved_bytes} reserved, "
+            f"held by leases, pins, open sequences, groups or other shard sizes, "
+            f"{books.reserved_bytes} reserved, "
             f"{books.quarantined_bytes} quarantined until their clients let go; unpin or release "
             "some, or give the node more memory"
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2, node_pb2
 
-REPORTED_STEPS = 65536  # in one call
+REPORTED_STEPS = 4096  # in one call
 
 
 class Steps:
@@ -27,21 +28,27 @@ class Steps:
             raise Refused(f"{len(report.batch)} steps in one call; the limit is {REPORTED_STEPS}")
         if not all(math.isfinite(s) and s >= 0 for s in report.seconds):
             raise Refused("a step took a time that is negative or not finite")
+        batches, tokens = list(report.batch), list(report.tokens)
+        seconds = list(report.seconds)
         sums = self._sums = self._sums or control_pb2.StepSums()
-        for batch, tokens, seconds in zip(report.batch, report.tokens, report.seconds, strict=True):
-            sums.steps += 1
-            sums.batch += batch
-            sums.tokens += tokens
-            sums.seconds += seconds
-            sums.batch_batch += batch * batch
-            sums.batch_tokens += batch * tokens
-            sums.tokens_tokens += tokens * tokens
-            sums.batch_seconds += batch * seconds
-            sums.tokens_seconds += tokens * seconds
-            sums.last_batch = batch
+        sums.steps += len(batches)
+        sums.batch += sum(batches)
+        sums.tokens += sum(tokens)
+        sums.seconds += sum(seconds)
+        sums.batch_batch += _dot(batches, batches)
+        sums.batch_tokens += _dot(batches, tokens)
+        sums.tokens_tokens += _dot(tokens, tokens)
+        sums.batch_seconds += _dot(batches, seconds)
+        sums.tokens_seconds += _dot(tokens, seconds)
+        if batches:
+            sums.last_batch = batches[-1]
         sums.waiting = report.waiting
 
     def take(self) -> control_pb2.StepSums | None:
         """The sums, which start anew; None: no engine has told of anything since."""
         taken, self._sums = self._sums, None
         return taken
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(first, second, strict=True))
