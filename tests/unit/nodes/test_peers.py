@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import kvfabric_client
-from kvfabric.errors import Denied
+from kvfabric.errors import DeadlineExceeded, Denied, Unreachable
 from kvfabric.keys import namespace_id
 from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status
@@ -404,6 +405,23 @@ def test_a_pull_without_a_token_fails_and_says_so(source: Node, target: Node) ->
     pulled = pull(target, source, KEYS[:1])
     assert outcomes(pulled) == [Outcome.FAILED]
     assert "no peer_token" in pulled.why
+
+
+def test_a_node_that_does_not_answer_is_not_asked_again_at_once(target: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # connects, and says nothing
+        endpoints = types_pb2.Endpoints(tcp_address=f"127.0.0.1:{mute.getsockname()[1]}")
+        assert target._loop is not None
+
+        def call(timeout_s: float) -> None:
+            work = target.neighbours.peers.call(
+                "mute", endpoints, "stats", node_pb2.StatsRequest(), timeout_s
+            )
+            asyncio.run_coroutine_threadsafe(work, target._loop).result(DEADLINE_S)  # type: ignore[arg-type]
+
+        with pytest.raises(DeadlineExceeded):
+            call(0.1)
+        with pytest.raises(Unreachable, match="a moment ago"):
+            call(DEADLINE_S)
 
 
 # Commands -----------------------------------------------------------------------------
