@@ -232,26 +232,31 @@ class Client:
     def elsewhere(
         self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
     ) -> dict[str, list[int]]:
-        """Addresses of other nodes that hold some of these keys, with the keys' indices."""
+        """Addresses of other nodes that hold some of these keys, with the keys' indices.
+
+        Of several replicas the best that did not just fail: asked again after a failure, it
+        names another one.
+        """
         found: dict[str, list[int]] = {}
         if self._avoid.get("manager", 0.0) > time.monotonic():
             return found
         deadline = Deadline(min(deadline.at_s, time.monotonic() + LOCATE_TIMEOUT_S))
         try:
-            names = self.manager().locate(namespace, keys, deadline)
-            wanted = set(names) - {""}
-            if not wanted:
+            places = self.manager().places(namespace, keys, deadline)
+            if not any(places):
                 return {}
             infos = {info.node: info for info in self.manager().nodes(deadline) if info.alive}
         except Retry as error:
             self._avoid["manager"] = time.monotonic() + AVOID_S
             log.debug("locate_failed", why=str(error), effect="a miss")
             return {}
-        for index, name in enumerate(names):
-            if name in wanted and name in infos:
-                address = address_of(infos[name])
-                if address:
-                    found.setdefault(address, []).append(index)
+        now_s = time.monotonic()
+        for index, names in enumerate(places):
+            known = [address_of(infos[name]) for name in names if name in infos]
+            able = [address for address in known if address]
+            if able:
+                best = min(able, key=lambda each: self._avoid.get(each, 0.0) > now_s)
+                found.setdefault(best, []).append(index)
         return found
 
     def addresses(self, deadline: Deadline) -> list[str]:

@@ -23,6 +23,8 @@ log = guest_logger(__name__)
 
 T = TypeVar("T")
 
+ROUNDS = 3  # places asked for: a replica may go, or its node may die, before it is read
+
 
 class Transfers:
     """What a `Room` stands on."""
@@ -112,13 +114,28 @@ class Transfers:
             found = self.client.at_home(read, deadline)
             for index, status in zip(some, found, strict=True):
                 statuses[index] = status
-        missing = _missing(statuses)
-        for batch in batches(len(missing)) if missing else ():
+        for _ in range(ROUNDS):
+            missing = _missing(statuses)
+            if not missing:
+                break
+            places = self._places(keys, missing, deadline)
+            for address, indices in places.items():
+                read_at(address, indices)
+            if not places:
+                break
+        return statuses
+
+    def _places(
+        self, keys: Sequence[Key], missing: Sequence[int], deadline: Deadline
+    ) -> dict[str, list[int]]:
+        """Where the manager knows these to be: indices by the address of a node."""
+        found: dict[str, list[int]] = {}
+        for batch in batches(len(missing)):
             some = missing[batch]
             places = self.client.elsewhere(self.id, [keys[index] for index in some], deadline)
             for address, positions in places.items():
-                read_at(address, [some[position] for position in positions])
-        return statuses
+                found.setdefault(address, []).extend(some[position] for position in positions)
+        return found
 
     def _read_at(
         self,
