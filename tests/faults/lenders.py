@@ -173,6 +173,7 @@ class Growth:
         self.sequence: Sequence = client.open(SPACE).sequence(FORMAT)
         self.failures: list[FabricError] = []
         self._error: BaseException | None = None
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="growth")
         self._thread.start()
 
@@ -183,7 +184,7 @@ class Growth:
             self._error = error
 
     def _grow(self, end_s: float) -> None:
-        while self.sequence.length < self.tokens:
+        while self.sequence.length < self.tokens and not self._stopping.is_set():
             assert time.monotonic() < end_s, f"does not grow: {self.failures[-3:]}"
             start = self.sequence.length
             end = min(start + 2 * BLOCK_TOKENS, self.tokens)
@@ -199,6 +200,11 @@ class Growth:
             raise self._error
         assert not self._thread.is_alive()
         return self
+
+    def stop(self) -> Growth:
+        """It need not become as long as it was to be."""
+        self._stopping.set()
+        return self.wait()
 
     def missing(self) -> int:
         """Reads everything; how many tokens are missing. Fails for any wrong byte."""
