@@ -6,7 +6,7 @@ A session that has ended took the open blocks along; the sealed ones stay. What 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,15 +127,21 @@ class Home:
         request = node_pb2.AppendRequest(sequence=self.sequence, epoch=self.epoch, start=length)
         self.call("append", request, deadline)
 
-    def seal(self, blocks: Sequence[Sealed], deadline: Deadline) -> int:
-        """The first open blocks become shards; answers how many. Broken where one is refused."""
+    def seal(
+        self, blocks: Sequence[Sealed], sums: Mapping[int, list[int]], deadline: Deadline
+    ) -> None:
+        """The first open blocks become shards. Broken where one is refused.
+
+        `sums`: checksums that were taken already, by the open block's number.
+        """
         request = node_pb2.SealRequest(sequence=self.sequence, epoch=self.epoch)
         request.keys.extend(block.key for block in blocks)
         if any(block.tokens < self.shape.block_tokens for block in blocks):
             request.tokens.extend(block.tokens for block in blocks)
         if self.room.client.checksums:
-            for tail in self.tails.blocks[: len(blocks)]:
-                request.checksums.extend(checksums(tail.data, self.shape.layers))
+            for index, tail in enumerate(self.tails.blocks[: len(blocks)]):
+                known = sums.get(index)
+                request.checksums.extend(known or checksums(tail.data, self.shape.layers))
         answer: node_pb2.SealResponse = self.call("seal", request, deadline)
         self.tails.update(answer.tails, deadline)
         statuses = [Status(status) for status in answer.statuses]
@@ -146,7 +152,6 @@ class Home:
                 f"node {self.node} did not seal block {sealed} of {len(statuses)}: "
                 f"{answer.reasons[sealed] or statuses[sealed].name}; close the sequence"
             )
-        return sealed
 
     def describe(self, deadline: Deadline, blocks: range | None = None) -> Description:
         """How it stands, with these of its sealed blocks (None: all), page by page."""

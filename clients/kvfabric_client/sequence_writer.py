@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from kvfabric.checksums import checksums
 from kvfabric.errors import Conflict, FabricError, Refused, Retry, Unreachable
 from kvfabric.logs import guest_logger
 from kvfabric.types import BATCH_KEYS
@@ -213,13 +214,17 @@ class Writer:
             return
         home = self.home
         pieces = list(self.outline.open_pieces(at, end))
+        sums: dict[int, list[int]] = {}
+        whole = layer is None and self.room.client.checksums
         for piece in pieces:
             block = home.tails.blocks[piece.index]
             source.place(self.shape, block, piece.lo, piece.hi, piece.start - first)
+            if whole and piece.hi - piece.lo == self.shape.block_tokens:  # in the cache now
+                sums[piece.index] = checksums(block.data, self.shape.layers)
         layers = range(self.shape.layers) if layer is None else range(layer, layer + 1)
         self.certainly(lambda: home.append(at, end - at, layers, pieces, deadline))
         self.outline.append(at, ids[at - first : end - first], layer)
-        self.seal(deadline)
+        self.seal(deadline, sums=sums)
 
     def _open(self, at: int, end: int, layer: int | None, deadline: Deadline) -> int:
         """Has blocks open for tokens from `at` up to `end`; answers how far they reach, or `at`
@@ -254,8 +259,17 @@ class Writer:
         """Where the open blocks end."""
         return self.outline.sealed + len(self.home.tails) * self.shape.block_tokens
 
-    def seal(self, deadline: Deadline, *, short: bool = False) -> None:
-        """Seals what is full in every layer, and the last block too if it may be `short`."""
+    def seal(
+        self,
+        deadline: Deadline,
+        *,
+        short: bool = False,
+        sums: Mapping[int, list[int]] | None = None,
+    ) -> None:
+        """Seals what is full in every layer, and the last block too if it may be `short`.
+
+        `sums`: checksums of open blocks by their number, as far as they were taken already.
+        """
         blocks = [] if self.tentative else self.outline.next_blocks(short=short)
         if not blocks:
             return
@@ -263,7 +277,7 @@ class Writer:
             self.outline.start_of(None)  # a short block ends in every layer alike
             last = len(blocks) - 1
             self.home.blank(last, blocks[-1].tokens, self.outline.length, deadline)
-        self.certainly(lambda: self.home.seal(blocks, deadline))
+        self.certainly(lambda: self.home.seal(blocks, sums or {}, deadline))
         self.outline.seal(blocks)
 
     # Forking ------------------------------------------------------------------------
