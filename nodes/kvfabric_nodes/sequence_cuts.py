@@ -146,6 +146,11 @@ class CutCalls:
             return sequence.tails[0].extent
         shard = self._core.shards.get(sequence.namespace, cut.block.key)
         if shard is not None:
+            if shard.size_bytes != sequence.shape.size_bytes:  # it came from elsewhere
+                raise Refused(
+                    f"shard {shard.key.hex()[:16]} has {shard.size_bytes} bytes, the sequence's "
+                    f"blocks have {sequence.shape.size_bytes}"
+                )
             return shard.extent
         where = self._room.place(sequence.namespace, cut.block)
         tokens = f"tokens {cut.start} to {cut.start + cut.block.tokens - 1}"

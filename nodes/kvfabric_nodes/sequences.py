@@ -7,7 +7,6 @@ touches bytes: a caller copies what a fork or a truncation cuts, and verifies wh
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes import sequence_views
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.extents import Pool
+from kvfabric_nodes.idle import Idle
 from kvfabric_nodes.promises import Grant, Session
 from kvfabric_nodes.sequence import Block, OpenSequence, Shape, Tail
 from kvfabric_nodes.shards import Shard
@@ -50,7 +50,7 @@ class Sequences:
         self.all: dict[int, OpenSequence] = {}
         self.sharing = Sharing(core)
         self._of_session: dict[int, dict[int, OpenSequence]] = {}
-        self._idle: list[tuple[float, int]] = []  # when to look whether it has ended
+        self._idle = Idle(self.all)
         self._next_id = first_id
         core.on_closed.append(self._session_ended)
 
@@ -82,11 +82,20 @@ class Sequences:
                     f"a block of {block.tokens} tokens in a sequence whose full blocks have "
                     f"{shape.block_tokens}"
                 )
+            self._check_size(namespace, block.key, shape)
         sequence = self._begin(session, namespace, shape, idle_s, now_s, None)
         for block in blocks:
             self.sharing.take(sequence, block)
         sequence.length = sequence.sealed
         return sequence
+
+    def _check_size(self, namespace: NamespaceId, key: Key, shape: Shape) -> None:
+        shard = self.core.shards.get(namespace, key)
+        if shard is not None and shard.size_bytes != shape.size_bytes:
+            raise Refused(
+                f"shard {key.hex()[:16]} has {shard.size_bytes} bytes, the sequence's blocks have "
+                f"{shape.size_bytes}"
+            )
 
     def _begin(
         self,
@@ -107,7 +116,7 @@ class Sequences:
         self._next_id += 1
         self.all[sequence.id] = sequence
         self._of_session.setdefault(session.id, {})[sequence.id] = sequence
-        self._watch(sequence)
+        self._idle.watch(sequence)
         if root is not None:
             root.forks[sequence.id] = sequence
         return sequence
@@ -125,7 +134,7 @@ class Sequences:
         sequence.session = session
         sequence.idle_s = self.core.bounded(idle_s) if idle_s else sequence.idle_s
         self.touch(sequence, now_s)
-        self._watch(sequence)
+        self._idle.watch(sequence)
         self._of_session.setdefault(session.id, {})[sequence.id] = sequence
         return sequence
 
@@ -186,22 +195,12 @@ class Sequences:
 
     def tick(self, now_s: float) -> None:
         """Ends what was idle for too long."""
-        while self._idle and self._idle[0][0] <= now_s:
-            at_s, sequence_id = heapq.heappop(self._idle)
-            sequence = self.all.get(sequence_id)
-            if sequence is None or at_s != sequence.watched_s:
-                continue
+        for sequence in self._idle.due(now_s):
             if sequence.calls:
                 self.touch(sequence, now_s)
-            if sequence.deadline_s > now_s:
-                self._watch(sequence)
+                self._idle.watch(sequence)
             else:
                 self.end(sequence, now_s, let_go=False)
-
-    def _watch(self, sequence: OpenSequence) -> None:
-        """Looks again when it may have ended by itself."""
-        sequence.watched_s = sequence.deadline_s
-        heapq.heappush(self._idle, (sequence.watched_s, sequence.id))
 
     # Writing ------------------------------------------------------------------------
 
@@ -248,6 +247,7 @@ class Sequences:
         for key in keys:
             if self.sharing.has(sequence, key):
                 raise Refused(f"the sequence has key {key.hex()[:16]} already")
+            self._check_size(sequence.namespace, key, sequence.shape)
         if len(sequence.blocks) + len(keys) > self.limits.blocks:
             raise Refused(f"a sequence has at most {self.limits.blocks} sealed blocks")
         return counts
@@ -440,7 +440,4 @@ class Sequences:
         }
         written = {i for own in self._of_session.values() for i in own}
         assert written == {i for i, s in self.all.items() if s.session is not None}
-        watched = set(self._idle)
-        for sequence_id, sequence in self.all.items():
-            assert sequence.watched_s <= sequence.deadline_s
-            assert (sequence.watched_s, sequence_id) in watched
+        self._idle.check()

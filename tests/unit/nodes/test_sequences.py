@@ -9,6 +9,7 @@ import pytest
 from kvfabric.errors import Conflict, Denied, Refused, Retry
 from kvfabric.types import Key, Status
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.idle import SWEEP_ENTRIES
 from kvfabric_nodes.sequence import Block, Shape
 from kvfabric_nodes.sequences import SequenceLimits, Sequences
 
@@ -285,6 +286,17 @@ def test_what_cannot_be_sealed_is_refused(
         sequences.sealable(sequence, keys(*numbers), tokens)
 
 
+def test_shards_of_another_size_are_no_blocks(sequences: Sequences, desk: Desk, keys: Keys) -> None:
+    desk.put(keys(1), size_bytes=SHARD_BYTES // 2)
+    sequence = begin(sequences, desk)
+    write(sequences, sequence, TOKENS)
+
+    with pytest.raises(Refused, match="has 512 bytes"):
+        sequences.sealable(sequence, keys(1), [])
+    with pytest.raises(Refused, match="has 512 bytes"):
+        begin(sequences, desk, keys(1))
+
+
 def test_a_short_block_waits_for_layers_that_lag(
     sequences: Sequences, desk: Desk, keys: Keys
 ) -> None:
@@ -413,6 +425,13 @@ def test_an_idle_sequence_ends_by_itself_and_a_busy_one_does_not(
     desk.wait(2 * IDLE_S)
     sequences.tick(desk.now_s)
     assert not waiting.open
+
+
+def test_sequences_that_come_and_go_leave_nothing_behind(sequences: Sequences, desk: Desk) -> None:
+    for _ in range(2 * SWEEP_ENTRIES):
+        sequences.end(begin(sequences, desk), 0.0, let_go=True)
+
+    assert len(sequences._idle._heap) <= SWEEP_ENTRIES + 1
 
 
 def test_a_shorter_idle_time_of_a_new_writer_holds(
