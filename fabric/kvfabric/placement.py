@@ -8,7 +8,8 @@ which may say no.
 from __future__ import annotations
 
 import enum
-import hashlib
+import heapq
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -115,7 +116,8 @@ def creditors(
     unwanted = {debtor.node, *exclude}
     known = [each for each in candidates if each.site.node not in unwanted]
     usable = [each for each in known if not each.draining and each.lendable_bytes > 0]
-    ranked = sorted(
+    ranked = heapq.nsmallest(
+        limit,
         usable,
         key=lambda each: (
             each.lendable_bytes < size_bytes,
@@ -123,7 +125,7 @@ def creditors(
             *_merit(debtor, each, each.lendable_bytes, size_bytes),
         ),
     )
-    nodes = [each.site.node for each in ranked[:limit]]
+    nodes = [each.site.node for each in ranked]
     return Ranking(nodes, "" if nodes else _why_none(known, len(unwanted) - 1))
 
 
@@ -138,8 +140,10 @@ def destinations(
     unwanted = {source.node, *exclude}
     known = [each for each in candidates if each.site.node not in unwanted]
     usable = [each for each in known if not each.draining and each.room_bytes >= size_bytes]
-    ranked = sorted(usable, key=lambda each: _merit(source, each, each.room_bytes, size_bytes))
-    nodes = [each.site.node for each in ranked[:limit]]
+    ranked = heapq.nsmallest(
+        limit, usable, key=lambda each: _merit(source, each, each.room_bytes, size_bytes)
+    )
+    nodes = [each.site.node for each in ranked]
     if nodes:
         return Ranking(nodes)
     return Ranking(reason=_why_none(known, len(unwanted) - 1, f"{size_bytes:,} bytes"))
@@ -170,11 +174,6 @@ def spread(
     return chosen
 
 
-def nearest(asker: Site, sites: Iterable[Site]) -> list[NodeId]:
-    """Nodes in the order of their nearness to who asks; equals keep their order."""
-    return [site.node for site in sorted(sites, key=lambda site: link_class(asker, site))]
-
-
 def _merit(
     asker: Site, candidate: Candidate, room_bytes: int, size_bytes: int
 ) -> tuple[object, ...]:
@@ -186,7 +185,7 @@ def _merit(
     share = room_bytes / candidate.capacity_bytes if candidate.capacity_bytes else 0.0
     near = link_class(asker, candidate.site)
     rate = candidate.bytes_per_s or ASSUMED_BYTES_PER_S[near]
-    lot = hashlib.blake2b(f"{asker.node}\0{candidate.site.node}".encode(), digest_size=8).digest()
+    lot = zlib.crc32(f"{asker.node}\0{candidate.site.node}".encode())
     return (
         candidate.free_bytes - candidate.promised_bytes < size_bytes,
         near,

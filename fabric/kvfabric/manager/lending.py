@@ -7,15 +7,15 @@ or says no, and a debtor goes on to the next.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfabric import placement
 from kvfabric.errors import Conflict, Refused
-from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.parts import Cluster
-from kvfabric.membership import Member
+from kvfabric.membership import Member, NodeState
 from kvfabric.placement import Candidate
+from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 MAX_CREDITORS = 16  # named in one answer
@@ -38,6 +38,7 @@ class Lending:
         # Bytes for which a node was named first, until it tells anew what it has left: of
         # many who ask at one moment, not all are sent to the same node.
         self._promised: dict[NodeId, int] = {}
+        self._known: dict[NodeId, Candidate] = {}  # until the node says something new
 
     def borrow(
         self,
@@ -53,8 +54,8 @@ class Lending:
         if self._cluster.members.known_incarnation(node) != incarnation:
             raise Conflict(f"{node}/{incarnation} is not registered here; register, then ask again")
         member = self._cluster.members[node]
-        found = self._cluster.candidates(node, self._promised)
-        ranking = placement.creditors(sites.site(member), found, size_bytes, exclude, MAX_CREDITORS)
+        found = self._candidates(node)
+        ranking = placement.creditors(site(member), found, size_bytes, exclude, MAX_CREDITORS)
         by_name: dict[NodeId, Candidate] = {each.site.node: each for each in found}
         if ranking.nodes:
             best = ranking.nodes[0]
@@ -69,6 +70,27 @@ class Lending:
             ranking.reason,
         )
 
+    def _candidates(self, asker: NodeId) -> list[Candidate]:
+        """All living nodes, with what was promised of them and measured to them."""
+        links = self._cluster.links
+        peers = links.peers(asker)
+        found = []
+        for member in self._cluster.members:
+            if member.state is NodeState.LOST:
+                continue
+            node = member.node
+            known = self._known.get(node)
+            if known is None or known.draining != (node in self._cluster.draining):
+                known = self._known[node] = self._cluster.candidate(member)
+            if node in self._promised or node in peers:
+                known = replace(
+                    known,
+                    promised_bytes=self._promised.get(node, 0),
+                    bytes_per_s=int(links.rate(asker, node)),
+                )
+            found.append(known)
+        return found
+
     def heard(self, member: Member, event: Heartbeat, now_s: float) -> None:
         if event.loans is not None:
             self._cluster.ledger.report(event.node, event.incarnation, event.loans)
@@ -76,11 +98,14 @@ class Lending:
             self._cluster.links.measured(event.node, event.links)
         if event.stats is not None:
             self._promised.pop(event.node, None)
+        if event.stats is not None or event.loans is not None:
+            self._known.pop(event.node, None)
 
     def lost(self, node: NodeId, now_s: float) -> None:
         self._cluster.ledger.drop(node)
         self._cluster.links.forget(node)
         self._promised.pop(node, None)
+        self._known.pop(node, None)
 
     def tick(self, now_s: float) -> None:
         """Nothing: the ledger changes by reports only."""

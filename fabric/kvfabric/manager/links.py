@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 
 from kvfabric.errors import Broken
 from kvfabric.rpc.v1 import control_pb2
@@ -38,6 +38,10 @@ class Links:
         """Of this direction, else of the other; 0: never measured."""
         found = self._rates.get(receiver, {}).get(sender)
         return found or self._rates.get(sender, {}).get(receiver, 0.0)
+
+    def peers(self, node: NodeId) -> KeysView[NodeId]:
+        """Nodes from which it copied lately."""
+        return self._rates.get(node, {}).keys()
 
     def known(self) -> Iterable[tuple[NodeId, NodeId, float]]:
         """(sender, receiver, rate) of every direction that was measured."""

@@ -8,6 +8,7 @@ from kvfabric.directory import Place, Replica
 from kvfabric.manager import sites
 from kvfabric.manager.parts import Cluster
 from kvfabric.placement import LinkClass, Site, link_class
+from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 
@@ -33,5 +34,5 @@ def _nearness(cluster: Cluster, here: Site | None, node: NodeId) -> tuple[LinkCl
     if not cluster.members.known_incarnation(node):
         return LinkClass.FAR, 0.0
     member = cluster.members[node]
-    distance = link_class(here, sites.site(member)) if here is not None else LinkClass.FAR
+    distance = link_class(here, site(member)) if here is not None else LinkClass.FAR
     return distance, sites.load(member)

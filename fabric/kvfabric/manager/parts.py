@@ -6,11 +6,9 @@ reads what all know of the cluster, and acts by posting commands only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvfabric import placement
 from kvfabric.directory import Directory
 from kvfabric.ledger import Ledger
 from kvfabric.manager import sites
@@ -21,6 +19,7 @@ from kvfabric.manager.orders import Orders
 from kvfabric.membership import Member, Membership, NodeState
 from kvfabric.placement import Candidate, Site
 from kvfabric.rpc.v1 import control_pb2
+from kvfabric.targets import site
 from kvfabric.types import NamespaceId, NodeId
 
 
@@ -63,41 +62,23 @@ class Cluster:
             self.members[node].state is not NodeState.LOST
         )
 
-    def candidates(
-        self, asker: NodeId, promised: Mapping[NodeId, int] | None = None
-    ) -> list[Candidate]:
-        """Every living node as placement sees it from `asker`, in the order of their names."""
-        promised = promised or {}
+    def candidates(self) -> list[Candidate]:
+        """Every living node as placement sees it, in the order of their names."""
         return [
-            self._candidate(member, asker, promised.get(member.node, 0))
-            for member in self.members
-            if member.state is not NodeState.LOST
+            self.candidate(member) for member in self.members if member.state is not NodeState.LOST
         ]
 
     def site(self, node: NodeId) -> Site:
         """Where a node stands; of an unknown one nothing but its name."""
         if self.members.known_incarnation(node):
-            return sites.site(self.members[node])
+            return site(self.members[node])
         return Site(node)
 
-    def destinations(
-        self, near: NodeId, size_bytes: int, exclude: Collection[NodeId] = ()
-    ) -> list[NodeId]:
-        """Where so many bytes of `near` could go, best first. Nodes with room only."""
-        found = placement.destinations(self.site(near), self.candidates(near), size_bytes, exclude)
-        return found.nodes
-
-    def spread(self, holders: Sequence[NodeId], size_bytes: int, count: int) -> list[NodeId]:
-        """Up to `count` further nodes for replicas, as far from all `holders` as there are."""
-        first = holders[0] if holders else NodeId("")
-        return placement.spread(
-            [self.site(node) for node in holders], self.candidates(first), size_bytes, count
-        )
-
-    def _candidate(self, member: Member, asker: NodeId, promised_bytes: int) -> Candidate:
+    def candidate(self, member: Member) -> Candidate:
+        """One node as placement sees it, without promises and links."""
         tier = sites.memory(member)
         return Candidate(
-            sites.site(member),
+            site(member),
             tier.capacity_bytes,
             tier.free_bytes,
             sites.evictable_bytes(tier),
@@ -105,8 +86,6 @@ class Cluster:
             borrowed_bytes=self.ledger.borrowed_bytes(member.node),
             load=sites.load(member),
             draining=member.node in self.draining,
-            bytes_per_s=int(self.links.rate(asker, member.node)),
-            promised_bytes=promised_bytes,
         )
 
 

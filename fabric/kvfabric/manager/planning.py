@@ -21,6 +21,7 @@ from kvfabric.manager.outlook import Outlook
 from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member, NodeState
 from kvfabric.rpc.v1.control_pb2 import Command
+from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 PLAN_S = 1.0  # between two plans
@@ -178,8 +179,8 @@ class Planning:
 
     def _instances(self, members: list[Member], outlooks: list[Outlook]) -> Instances:
         nodes = [member.node for member in members]
-        where = [sites.site(member) for member in members]
-        candidates = self._cluster.candidates(NodeId(""))
+        where = [site(member) for member in members]
+        candidates = self._cluster.candidates()
         models = [outlook.fit.model for outlook in outlooks]
         return Instances(
             nodes,

@@ -16,6 +16,7 @@ from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member
 from kvfabric.rpc.v1.control_pb2 import Command
+from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 LOOK_S = 2.0  # between two looks at the books
@@ -121,8 +122,8 @@ class Repaying:
         size_bytes = min(size_bytes, loan.size_bytes, REPAY_BYTES)
         debtor = self._cluster.members[debt.debtor]
         others = placement.creditors(
-            sites.site(debtor),
-            self._cluster.candidates(debt.debtor),
+            site(debtor),
+            self._cluster.candidates(),
             size_bytes,
             {debt.creditor, *without},
         )

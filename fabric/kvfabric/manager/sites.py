@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from kvfabric.membership import Member
-from kvfabric.placement import RACK, ZONE, Site
 from kvfabric.rpc.v1 import types_pb2
-
-
-def site(member: Member) -> Site:
-    """Where a node stands, by its endpoints and labels."""
-    labels = member.labels
-    return Site(member.node, member.endpoints.host, labels.get(RACK, ""), labels.get(ZONE, ""))
 
 
 def memory(member: Member) -> types_pb2.TierStats:

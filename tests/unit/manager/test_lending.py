@@ -132,15 +132,3 @@ def test_a_node_is_told_that_it_is_drained(core: ManagerCore) -> None:
     assert not a.beat(0.1).draining
     core.cluster.draining.add(a.node)
     assert a.beat(0.2).draining
-
-
-def test_destinations_and_spreading_see_the_same_nodes(core: ManagerCore) -> None:
-    a, *_ = joined(core, "a", "b", zone="z0")
-    c, *_ = joined(core, "c", "d", zone="z1")
-    core.cluster.draining.add(NodeId("d"))
-    assert core.cluster.destinations(a.node, GIB) == ["b", "c"]
-    assert core.cluster.destinations(a.node, GIB, exclude={NodeId("b")}) == ["c"]
-    assert core.cluster.destinations(a.node, 60 * GIB) == []
-    assert core.cluster.spread([a.node], GIB, 2) == ["c", "b"]
-    assert core.cluster.spread([NodeId("unknown")], GIB, 9) == ["a", "c", "b"]
-    assert c.node not in core.cluster.spread([c.node], GIB, 9)

@@ -16,7 +16,6 @@ from kvfabric.placement import (
     creditors,
     destinations,
     link_class,
-    nearest,
     spread,
 )
 from kvfabric.types import NodeId
@@ -160,11 +159,6 @@ def test_replicas_are_spread_over_zones_then_racks_then_hosts() -> None:
 
 def test_a_node_that_holds_a_replica_gets_no_second() -> None:
     assert spread([site("a")], [node("a"), node("b")], GIB, 2) == ["b"]
-
-
-def test_the_nearest_are_named_first_and_equals_keep_their_order() -> None:
-    there = [site("x", zone="z1"), site("y", "h0"), site("w", zone="z1")]
-    assert nearest(ME, there) == ["y", "x", "w"]
 
 
 candidates = st.lists(
