@@ -119,7 +119,7 @@ class Heartbeat:
                 if regular:
                     self._regular_s = loop.time()
                 self._poked.clear()
-                for message in self.reports.messages(full=full, with_stats=regular):
+                for message in self.reports.messages(full=full, regular=regular):
                     sequence += 1
                     message.sequence = sequence
                     async with asyncio.timeout(PULSE_TIMEOUT_S):

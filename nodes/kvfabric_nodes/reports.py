@@ -33,8 +33,9 @@ class Reports:
         self._told_loans = b""
         self._told_sequences = b""
 
-    def messages(self, *, full: bool, with_stats: bool) -> Iterable[control_pb2.HeartbeatRequest]:
-        """The next heartbeat, in limited messages."""
+    def messages(self, *, full: bool, regular: bool) -> Iterable[control_pb2.HeartbeatRequest]:
+        """The next heartbeat, in limited messages. One that is not `regular` tells of shards
+        alone: there may be a hundred of these a second."""
         core = self._core
         full = full or core.changes_lost
         shards = core.shards if full else core.added.values()
@@ -46,9 +47,9 @@ class Reports:
         last = control_pb2.HeartbeatRequest(
             inventory_count=core.shards.count, inventory_hash=core.inventory_hash
         )
-        if full or with_stats:
+        if full or regular:
             last.stats.CopyFrom(self._metrics.stats())
-        self._put_books(last, full=full)
+            self._put_books(last, full=full)
         pieces = [
             added[start : start + REPORT_SHARDS] for start in range(0, len(added), REPORT_SHARDS)
         ] or [[]]

@@ -201,6 +201,17 @@ def test_what_the_source_lacks_is_missing_and_what_is_here_is_held(
     assert sent_bytes(source) == 2 * SHARD_BYTES
 
 
+def test_a_large_pull_measures_the_link(source: Node, target: Node) -> None:
+    put(source, MANY)
+    pull(target, source, MANY[:1])
+    assert target.neighbours.puller.take_rates() == {}  # too little to tell
+    pull(target, source, MANY)
+    rates = on(target, target.neighbours.puller.take_rates)
+    assert list(rates) == ["source"]
+    assert rates["source"] > 0
+    assert on(target, target.neighbours.puller.take_rates) == {}
+
+
 def test_two_pulls_of_the_same_keys_copy_them_once(source: Node, target: Node) -> None:
     put(source, KEYS)
     ends = [begin_pull(target, source, KEYS, number=number) for number in range(3)]
