@@ -184,6 +184,19 @@ def test_a_bit_that_flips_while_the_node_is_down_costs_its_shard(
         store(room, keys[4:5])
 
 
+def test_what_was_purged_does_not_come_back(start: Callable[..., NodeProcess]) -> None:
+    node = start()
+    with node.client() as client:
+        room = client.open(SPACE)
+        keys = [key_of(number) for number in range(20)]
+        store(room, keys)
+        told(node)
+        room.purge(keys[:10])
+        node.kill()
+        start()
+        assert holds(room, keys) == [False] * 10 + [True] * 10
+
+
 def memory_of(pid: int, segment: int) -> Path:
     """The descriptor that a process has of this segment."""
     (found,) = [

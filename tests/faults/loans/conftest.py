@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import numpy.typing as npt
+import pytest
 from tests.faults.conftest import (
     ANSWER_TIMEOUT_S,
     STOP_TIMEOUT_S,
@@ -63,17 +64,18 @@ def ids(start: int, end: int, seed: int = 1) -> list[int]:
 class Lenders:
     """The processes, by name. `failpoint` arms one of them; it is not started again by itself."""
 
-    def __init__(self, folder: Path, processes: list[Process], store: str = "") -> None:
+    def __init__(self, folder: Path, processes: list[Process]) -> None:
         self.folder = folder
         self.nodes: dict[str, NodeProcess] = {}
+        self.clients: list[Client] = []
         self._processes = processes
-        self._options = (*QUICK, *(("--store", store) if store else ()))
-        self.failpoints: dict[str, str] = {}
+        self._options: tuple[str, ...] = QUICK
         self.manager: ManagerProcess
 
-    def start(self, **failpoints: str) -> Lenders:
-        """`failpoints`: by the process's name, as KVFABRIC_FAILPOINT has them."""
-        self.failpoints = failpoints
+    def start(self, store: str = "", **failpoints: str) -> Lenders:
+        """`store`: the manager's, a SQLite file where it is not said. `failpoints`: by the process's name, as KVFABRIC_FAILPOINT has them."""
+        if store:
+            self._options = (*QUICK, "--store", store)
         self.start_manager("127.0.0.1:0", failpoints.get("manager", ""))
         for name in MEMORY:
             self.start_node(name, failpoints.get(name, ""))
@@ -113,7 +115,10 @@ class Lenders:
         )
 
     def client(self, name: str = "home", timeout_s: float = 5.0) -> Client:
-        return connect(self.nodes[name].unix, timeout_s=timeout_s)
+        """Closed with the test at the latest."""
+        client = connect(self.nodes[name].unix, timeout_s=timeout_s)
+        self.clients.append(client)
+        return client
 
     @contextmanager
     def control(self) -> Iterator[control_pb2_grpc.ControlServiceStub]:
@@ -220,3 +225,15 @@ class Growth:
     def close(self) -> None:
         self.sequence.close(drop=True)
         self.client.close()
+
+
+@pytest.fixture
+def lenders(
+    folder: Path, processes: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Lenders]:
+    for name, value in TERMS.items():
+        monkeypatch.setenv(name, value)
+    lenders = Lenders(folder, processes)
+    yield lenders
+    for client in lenders.clients:
+        client.close()

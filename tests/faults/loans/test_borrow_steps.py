@@ -5,13 +5,11 @@ A dozen of these run with every `make test`, all of them with `make test-faults`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults.conftest import Process
-from tests.faults.lenders import BLOCK_TOKENS, GROWN, TERMS, Growth, Lenders
+from tests.faults.loans.conftest import BLOCK_TOKENS, GROWN, Growth, Lenders
 from tests.redis_server import RedisServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
@@ -32,13 +30,6 @@ DEBTOR = (
     "borrow.seen",
     pytest.param("borrow.dropped", marks=exhaustive),
 )
-
-
-@pytest.fixture
-def lenders(folder: Path, processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Lenders:
-    for name, value in TERMS.items():
-        monkeypatch.setenv(name, value)
-    return Lenders(folder, processes)
 
 
 @pytest.fixture
@@ -106,17 +97,8 @@ def test_the_manager_dies_meanwhile(lenders: Lenders, name: str, point: str) -> 
 @pytest.mark.parametrize(
     "point", ["borrow.reserved", pytest.param("borrow.seen", marks=exhaustive)]
 )
-def test_redis_dies_meanwhile(
-    folder: Path,
-    processes: list[Process],
-    redis_server: RedisServer,
-    monkeypatch: pytest.MonkeyPatch,
-    point: str,
-) -> None:
-    for setting, value in TERMS.items():
-        monkeypatch.setenv(setting, value)
-    lenders = Lenders(folder, processes, store=redis_server.address)
-    lenders.start(home=f"{point}=stop")
+def test_redis_dies_meanwhile(lenders: Lenders, redis_server: RedisServer, point: str) -> None:
+    lenders.start(redis_server.address, home=f"{point}=stop")
     growth = Growth(lenders.client())
     lenders.stopped("home")
 
@@ -170,7 +152,6 @@ def test_a_debtor_that_returns_with_a_new_incarnation_owes_nothing(lenders: Lend
     lenders.start_node("home")
 
     # The client opens its sequence again by itself, with what the creditors still hold.
-    time.sleep(0)  # no pause: the first call finds out
     assert growth.missing() <= 32 * BLOCK_TOKENS
     lenders.check_books()
     growth.close()

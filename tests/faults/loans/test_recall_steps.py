@@ -5,23 +5,13 @@ Some of these run with every `make test`, all of them with `make test-faults`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from tests.faults.conftest import Process
-from tests.faults.lenders import BLOCK_TOKENS, GROWN, TERMS, Growth, Lenders
+from tests.faults.loans.conftest import BLOCK_TOKENS, GROWN, Growth, Lenders
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 exhaustive = pytest.mark.exhaustive
 EAST_BLOCKS = 8 * 32  # all that fits into its memory
-
-
-@pytest.fixture
-def lenders(folder: Path, processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Lenders:
-    for name, value in TERMS.items():
-        monkeypatch.setenv(name, value)
-    return Lenders(folder, processes)
 
 
 def lent_by(lenders: Lenders, creditor: str) -> int:
