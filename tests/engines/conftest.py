@@ -80,6 +80,7 @@ class Child:
 class Answer:
     tokens: list[int]
     cached: int  # prompt tokens that were not computed
+    transfer: dict[str, Any] | None = None  # kv_transfer_params of the answer
 
 
 class Engine(Child):
@@ -88,6 +89,16 @@ class Engine(Child):
     def ask(self, *prompts: list[int], max_tokens: int = 8) -> list[Answer]:
         self.begin(*prompts, max_tokens=max_tokens)
         return self.answers()
+
+    def hand(self, transfer: dict[str, Any], prompt: list[int], max_tokens: int = 8) -> Answer:
+        """Ask with kv_transfer_params, as a proxy between prefill and decode does."""
+        self.write({"prompts": [prompt], "max_tokens": max_tokens, "transfer": transfer})
+        return self.answers()[0]
+
+    def loaded(self) -> int:
+        """Blocks that were loaded from the fabric since the start."""
+        self.write({"loaded": True})
+        return int(self.read(ANSWER_TIMEOUT_S))
 
     def begin(self, *prompts: list[int], max_tokens: int = 8) -> None:
         self.write({"prompts": prompts, "max_tokens": max_tokens})
@@ -119,10 +130,18 @@ class Engine(Child):
 
 
 class MemoryNode(Child):
-    """A node without manager and without Ray."""
+    """A node without Ray; `manager`: host:port of its manager, if it has one."""
 
-    def __init__(self, log: Path, folder: Path, memory: str = "256MiB") -> None:
-        command = ["-m", "kvfabric_nodes", "--node", "n0", "--memory", memory, "--keeper", "false"]
+    def __init__(
+        self,
+        log: Path,
+        folder: Path,
+        memory: str = "256MiB",
+        name: str = "n0",
+        manager: str = "",
+    ) -> None:
+        command = ["-m", "kvfabric_nodes", "--node", name, "--memory", memory, "--keeper", "false"]
+        command += ["--manager", manager] if manager else []
         super().__init__([*command, "--runtime-dir", str(folder)], log)
         endpoints = self.read(START_TIMEOUT_S)
         self.home = f"unix:{endpoints['unix_path']}"
@@ -201,13 +220,14 @@ def prompt() -> Callable[[int, int], list[int]]:
 
 @pytest.fixture
 def start_node(tmp_path: Path) -> Iterator[Callable[..., MemoryNode]]:
-    """start_node(memory="256MiB"): always under the same name and path."""
+    """start_node(memory="256MiB", name="n0", manager=""): always under the same path."""
     nodes: list[MemoryNode] = []
     folder = tmp_path / "run"
     folder.mkdir(mode=0o700)
 
-    def start(memory: str = "256MiB") -> MemoryNode:
-        nodes.append(MemoryNode(tmp_path / f"node{len(nodes)}.log", folder, memory))
+    def start(memory: str = "256MiB", name: str = "n0", manager: str = "") -> MemoryNode:
+        log = tmp_path / f"node{len(nodes)}.log"
+        nodes.append(MemoryNode(log, folder, memory, name, manager))
         return nodes[-1]
 
     yield start

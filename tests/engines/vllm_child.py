@@ -22,12 +22,21 @@ def main() -> None:
         print(json.dumps(said), file=answers, flush=True)
 
     def generate(request: dict[str, Any]) -> list[dict[str, object]]:
+        transfer = request.get("transfer")
         params = SamplingParams(
-            temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False
+            temperature=0.0,
+            max_tokens=request["max_tokens"],
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_transfer_params": transfer} if transfer else None,
         )
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         return [
-            {"tokens": list(out.outputs[0].token_ids), "cached": out.num_cached_tokens}
+            {
+                "tokens": list(out.outputs[0].token_ids),
+                "cached": out.num_cached_tokens,
+                "transfer": out.kv_transfer_params,
+            }
             for out in engine.generate(prompts, params, use_tqdm=False)
         ]
 
@@ -55,11 +64,18 @@ def main() -> None:
             whole.update(memoryview(layer).cast("B"))
         return whole.hexdigest()
 
+    def loaded() -> int:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return int(get_kv_transfer_group()._worker._loader.counters.loaded)
+
     answer("ready")
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("forget"):
             answer(engine.reset_prefix_cache(reset_connector=request["connector"]))
+        elif request.get("loaded"):
+            answer(loaded())
         elif request.get("digest"):
             answer(digest())
         elif "keys" in request:

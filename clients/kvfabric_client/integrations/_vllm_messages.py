@@ -23,6 +23,7 @@ class Load:
 
     request_id: str
     blocks: Blocks
+    at: str = ""  # the address of the node that is asked first; empty: as always
 
 
 @dataclass
@@ -32,3 +33,4 @@ class StepJobs(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not typed 
     loads: list[Load] = field(default_factory=list)
     saves: list[Blocks] = field(default_factory=list)
     idle: bool = False  # nothing is computed in this step
+    flush: bool = False  # a request is about to be handed off: what was saved must be stored

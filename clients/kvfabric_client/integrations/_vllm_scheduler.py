@@ -5,15 +5,18 @@ Decides only; bytes are moved by the workers' side.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvfabric.errors import Refused
 from kvfabric.keys import namespace_id
 from kvfabric.types import Key
+from kvfabric_client.handoff import HandOff
 from kvfabric_client.integrations._vllm_layout import Shape
-from kvfabric_client.integrations._vllm_link import Door, Link
+from kvfabric_client.integrations._vllm_link import Door, Link, log
 from kvfabric_client.integrations._vllm_messages import Blocks, Load, StepJobs
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 MATCH_TIMEOUT_S = 0.25  # the engine stands still meanwhile
 START_TIMEOUT_S = 2.0
+PARAMETER = "kvfabric"  # in kv_transfer_params: what `Room.hand_off` answered
 MATCH_FRESH_S = 0.5  # a request that waits for memory is asked about in every step
 
 
@@ -39,6 +43,8 @@ class _Tracked:
     next_save: int = 0
     loading: frozenset[int] = field(default_factory=frozenset)  # block ids
     load_failed: bool = False
+    offered: int | None = None  # blocks that were handed off to this request; None: not looked
+    at: str = ""  # the address of the node that has them
 
 
 class SchedulerSide:
@@ -63,8 +69,10 @@ class SchedulerSide:
         tracked.local = computed_tokens // tokens
         if tracked.load_failed or not _shares(request):
             return 0
-        self._ask(tracked)
-        usable = min(tracked.held, (int(request.num_tokens) - 1) // tokens)
+        limit = (int(request.num_tokens) - 1) // tokens
+        if self._look_at_offer(tracked) < limit:
+            self._ask(tracked)
+        usable = min(tracked.held, limit)
         if not self._loads or request.skip_reading_prefix_cache:
             return 0
         return max(0, usable - tracked.local) * tokens
@@ -78,7 +86,8 @@ class SchedulerSide:
         last = first + external_tokens // self._shape.block_tokens
         blocks = self._blocks(tracked, first, last, block_ids)
         tracked.loading = frozenset(blocks.block_ids)
-        self._jobs.loads.append(Load(request.request_id, blocks))
+        at = tracked.at if first < (tracked.offered or 0) else ""
+        self._jobs.loads.append(Load(request.request_id, blocks, at))
 
     def step(self, output: SchedulerOutput) -> StepJobs:
         """The jobs of the step that is about to be computed."""
@@ -103,8 +112,27 @@ class SchedulerSide:
             if request_id in self._tracked:
                 self._tracked[request_id].loading = frozenset()
 
-    def finished(self, request: Request) -> None:
-        self._tracked.pop(request.request_id, None)
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """Forget the request. The parameters with which another engine goes on, if it is wanted.
+
+        They name only what this node has sealed; the step that computed the prompt's last block
+        has waited for that.
+        """
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None or not _is_handed_off(request) or not _ended_well(request):
+            return None
+        chains = [keys[: tracked.next_save] for keys in self._keys(tracked)]
+        offers = self._link.call(lambda room: [room.hand_off(keys) for keys in chains])
+        if not offers:
+            return None
+        blocks = min(len(offer["keys"]) for offer in offers)
+        offer = offers[0] | {"keys": offers[0]["keys"][:blocks]}
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_num_tokens": blocks * self._shape.block_tokens,
+            PARAMETER: offer,
+        }
 
     def close(self) -> None:
         self._link.close()
@@ -124,8 +152,33 @@ class SchedulerSide:
         chains = self._keys(tracked)
         held = self._link.call(lambda room: _held_by_all(room, chains))
         tracked.asked_s = time.monotonic()
-        tracked.held = held or 0
+        tracked.held = max(held or 0, tracked.offered or 0)
         tracked.next_save = max(tracked.next_save, tracked.held)
+
+    def _look_at_offer(self, tracked: _Tracked) -> int:
+        """How many blocks of this request another engine has handed off; looks once.
+
+        The node must be one that is known here: a request could name anything.
+        """
+        if tracked.offered is not None:
+            return tracked.offered
+        tracked.offered = 0
+        given = (tracked.request.kv_transfer_params or {}).get(PARAMETER)
+        if given is None:
+            return 0
+        try:
+            offer = HandOff.of(given, self._room)
+        except Refused as error:
+            log.warning("kvfabric: a hand-off is ignored: %s", error)
+            return 0
+        tracked.at = self._link.call(lambda room: room.address_of(offer.node)) or ""
+        if tracked.at:
+            own = self._keys(tracked)[0]
+            pairs = zip(own, offer.keys, strict=False)
+            tracked.offered = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+            tracked.held = max(tracked.held, tracked.offered)
+            tracked.next_save = max(tracked.next_save, tracked.held)
+        return tracked.offered
 
     def _keys(self, tracked: _Tracked) -> list[list[Key]]:
         hashes = tracked.request.block_hashes
@@ -141,6 +194,9 @@ class SchedulerSide:
         computed = request.num_computed_tokens + tokens
         # A block whose last token is not known yet has no hash and waits for the next step.
         full = min(computed // self._shape.block_tokens, len(request.block_hashes))
+        prompt = request.num_prompt_tokens
+        if _is_handed_off(request) and computed >= prompt:
+            jobs.flush |= request.num_computed_tokens < prompt or full > tracked.next_save
         if full > tracked.next_save:
             jobs.saves.append(self._blocks(tracked, tracked.next_save, full, block_ids))
             tracked.next_save = full
@@ -163,6 +219,20 @@ def _held_by_all(room: Room, chains: list[list[Key]]) -> int:
         if held:
             held = min(held, room.match(keys[:held], timeout_s=MATCH_TIMEOUT_S).matched)
     return held
+
+
+def _is_handed_off(request: Request) -> bool:
+    """Whether another engine is to go on where this one ends."""
+    return bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+
+
+def _ended_well(request: Request) -> bool:
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (
+        RequestStatus.FINISHED_LENGTH_CAPPED,
+        RequestStatus.FINISHED_STOPPED,
+    )
 
 
 def _shares(request: Request) -> bool:

@@ -25,6 +25,7 @@ from kvfabric_client.integrations._vllm_messages import Blocks, Load, StepJobs
 SAVE_BATCH = 16  # shards a call
 SAVE_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 5.0
+HAND_OFF_WAIT_S = 2.0  # the engine stands still meanwhile
 IDLE_WAIT_S = 0.01
 
 
@@ -101,7 +102,7 @@ class Loader:
                 if self._closing:
                     break
                 until_s, load = self._queue.popleft()
-            failed = self._load(load.blocks, until_s)
+            failed = self._load(load, until_s)
             with self._changed:
                 self.counters.loaded += len(load.blocks.block_ids) - len(failed)
                 self.counters.load_failed += len(failed)
@@ -111,25 +112,27 @@ class Loader:
                 self._changed.notify_all()
         self._link.close()
 
-    def _load(self, blocks: Blocks, until_s: float) -> set[int]:
+    def _load(self, load: Load, until_s: float) -> set[int]:
         """Fill the blocks; returns those that were not filled."""
         open_s = max(0.0, until_s - time.monotonic())
-        statuses = self._link.call(partial(self._fill, blocks, until_s), open_s)
+        block_ids = load.blocks.block_ids
+        statuses = self._link.call(partial(self._fill, load, until_s), open_s)
         if statuses is None:
-            return set(blocks.block_ids)
+            return set(block_ids)
         return {
             block
-            for block, status in zip(blocks.block_ids, statuses, strict=True)
+            for block, status in zip(block_ids, statuses, strict=True)
             if status is not Status.OK
         }
 
-    def _fill(self, blocks: Blocks, until_s: float, room: Room) -> list[Status]:
-        left_s = until_s - time.monotonic()
+    def _fill(self, load: Load, until_s: float, room: Room) -> list[Status]:
+        blocks, left_s = load.blocks, until_s - time.monotonic()
         if left_s <= 0:  # spent in the queue
             return [Status.MISS] * len(blocks.block_ids)
         return room.get_into(
             self._shape.keys(self._room_id, self._first_head, blocks.first, blocks.links),
             [self._memory.pieces(block) for block in blocks.block_ids],
+            at=load.at,
             timeout_s=left_s,
         )
 
@@ -176,14 +179,19 @@ class Saver:
             with self._changed:
                 self._queue.append(_Save(key, parent, shard))
                 self._pending += 1
-                self._changed.notify()
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until everything queued is stored or dropped, for at most `HAND_OFF_WAIT_S`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending, HAND_OFF_WAIT_S)
 
     def close(self) -> None:
         """Stores what is queued, for at most `FLUSH_TIMEOUT_S`; the rest counts as dropped."""
         with self._changed:
             self._closing = True
             self._flush_until_s = time.monotonic() + FLUSH_TIMEOUT_S
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join(FLUSH_TIMEOUT_S)
         with self._changed:
             self.counters.save_dropped += self._pending
@@ -206,6 +214,7 @@ class Saver:
                 self.counters.save_dropped += len(batch) - (stored or 0)
                 self._pending -= len(batch)
                 self._free += [save.shard for save in batch]
+                self._changed.notify_all()
         self._link.close()
 
     def _batches(self) -> Iterator[list[_Save]]:
@@ -255,9 +264,12 @@ class WorkerSide:
             self._loader.begin(load)
 
     def save(self, jobs: StepJobs) -> None:
-        """The step has been computed: its full blocks are copied out when this returns."""
+        """The step has been computed: its full blocks are copied out when this returns, and
+        stored too where a request is about to be handed off."""
         for blocks in jobs.saves:
             self._saver.save(blocks)
+        if jobs.flush:
+            self._saver.flush()
 
     def finished(self) -> set[str]:
         """Requests whose loads ended. An engine with nothing to compute waits a little."""

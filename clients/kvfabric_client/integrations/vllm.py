@@ -187,9 +187,7 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Full blocks were copied out in the step that filled them: nothing is held back."""
-        if self._scheduler:
-            self._scheduler.finished(request)
-        return False, None
+        return False, self._scheduler.finished(request) if self._scheduler else None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
