@@ -83,7 +83,7 @@ class Node:
     ) -> Sequence[Shard]:
         """As a sequence's: the oldest blocks first."""
         shards = [self.shard(key) for key in self.needed]
-        fit = [s for s in shards if s and not skip(s) and self.core.shards.claims(*_place(s)) == 1]
+        fit = [shard for shard in shards if shard is not None and not skip(shard)]
         return fit[: -(-size_bytes // SHARD_BYTES)]
 
     def shard(self, key: Key) -> Shard | None:

@@ -315,6 +315,69 @@ def test_a_recall_brings_blocks_home_where_there_is_room(town: Town) -> None:
     assert not any(b.shard(each) for each in lent)
 
 
+def test_a_recall_that_comes_before_the_loan_is_known_is_said_again() -> None:
+    town = Town(["a", "b", "c"], recall_s=500.0)
+    a, b = town["a"], town["b"]
+    fill(a, 0)
+    town.weather.lost_message = 2  # the answer to Lend
+    a.make_room()
+    town.until(lambda: bool(b.loans()))
+    recall = control_pb2.Command.Recall(debtor="a")
+    b.lending.command(control_pb2.Command(id=1, recall=recall), 1, town.now_s)
+    b.carry_out()
+    town.run(1)
+    assert a.borrowed()[0].state is LoanState.REQUESTED
+    town.run(10)
+
+    assert not b.loans()
+    assert not town.missing()
+    town.check_balance()
+
+
+def test_what_a_node_keeps_for_another_is_not_lent_on() -> None:
+    town = Town(["a", "b", "c"], cap_bytes=SLOTS * SHARD_BYTES)
+    a, b = town["a"], town["b"]
+    fill(town["c"], 300, SLOTS - 4)
+    lent = [each for each in lend(town) if a.shard(each) is None]
+    for each in lent:
+        b.need(each)
+    fill(b, 500, SLOTS - len(lent))
+
+    what = control_pb2.Command.LendOut(sequence=7, size_bytes=4 * SHARD_BYTES, creditor="c")
+    b.lending.command(control_pb2.Command(id=1, lend_out=what), 1, town.now_s)
+    b.carry_out()
+    town.run(5)
+
+    assert b.borrowed()
+    assert all(b.shard(each) for each in lent)
+    assert not any("kept" in town["c"].told(each) for each in lent)
+
+
+def test_a_debtor_learns_of_a_replica_that_its_creditor_dropped(town: Town) -> None:
+    a, b = town["a"], town["b"]
+    lent = [each for each in lend(town) if a.shard(each) is None]
+    shard = b.shard(lent[0])
+    assert shard is not None
+    b.core.drop(shard, "damaged", "by a test", town.now_s)
+    town.run(town.terms.loan_s / 2)
+
+    assert a.lending.whereabouts(a.namespace, lent[0]) is None
+    assert a.told(lent[0])[-1] == "lost"
+    assert where(a, lent[1:]) == {"b"}
+    town.check_balance()
+
+
+def test_a_creditor_that_stays_silent_is_given_up(town: Town) -> None:
+    a = town["a"]
+    lent = [each for each in lend(town) if a.shard(each) is None]
+    town.weather.cut.add(frozenset("ab"))
+    town.run(200)
+
+    assert not a.loans()
+    assert a.told(lent[0])[-1] == "lost"
+    assert where(a, lent) == {"a"}
+
+
 def test_a_recall_that_nobody_can_follow_is_taken_at_its_deadline() -> None:
     town = Town(["a", "b"], cap_bytes=SLOTS * SHARD_BYTES, recall_s=5.0)
     a, b = town["a"], town["b"]
