@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvfabric_client.cli import cluster, doctor, keys, loans, moves, rules, shows, status
+from kvfabric_client.cli import cluster, doctor, keys, loans, moves, rules, shows, simulate, status
 
 
 class _OneLineErrors(TyperGroup):
@@ -47,6 +47,7 @@ app.command()(rules.pin)
 app.command()(doctor.doctor)
 app.command(context_settings=shows.PASS_ON)(shows.demo)
 app.command(context_settings=shows.PASS_ON)(shows.bench)
+app.command()(simulate.simulate)
 
 
 @app.command()
