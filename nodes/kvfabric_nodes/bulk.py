@@ -26,7 +26,7 @@ from kvfabric_nodes.handler import (
     put_verdicts,
     seconds,
 )
-from kvfabric_nodes.promises import Lease, Session
+from kvfabric_nodes.promises import Grant, Lease, Reservation, Session
 
 if TYPE_CHECKING:
     from kvfabric_nodes.server import WireServer
@@ -162,10 +162,19 @@ class _Bulk:
     def _write(self, frame_id: int, header: node_pb2.WriteRequest.Header) -> None:
         handler = self._handler
         self._deadline_s = time.monotonic() + handler.core.bounded(seconds(header.deadline_ms))
+
+        def reserve() -> tuple[Reservation | None, list[Grant], bool]:
+            reservation, grants = handler.reserve_extents(self._session, header, streamed=True)
+            return reservation, grants, handler.may_borrow(grants)
+
         try:
-            reservation, grants = self._server.on_core(
-                lambda: handler.reserve_extents(self._session, header, streamed=True)
-            )
+            reservation, grants, full = self._server.on_core(reserve)
+            if full:
+                reservation, grants = self._server.await_on_core(
+                    handler.reserve_again(
+                        self._session, header, reservation, grants, streamed=True
+                    )
+                )
         except FabricError as error:
             self.answer(wire_pb2.Frame(id=frame_id, error=to_proto(error)))
             return

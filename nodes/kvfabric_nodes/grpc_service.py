@@ -177,6 +177,10 @@ class NodeService:
         if first is None or not first.HasField("header"):
             raise Refused("the first message of a Write must be its header")
         reservation, grants = handler.reserve_extents(session, first.header, streamed=True)
+        if handler.may_borrow(grants):
+            reservation, grants = await handler.reserve_again(
+                session, first.header, reservation, grants, streamed=True
+            )
         if reservation is None:
             yield _verdicts(grants, last=True)
             return

@@ -213,34 +213,51 @@ class Handler:
         response: node_pb2.ReserveResponse,
     ) -> Coroutine[Any, Any, None] | None:
         reservation, grants = self.reserve_extents(session, request)
-        full = [i for i, grant in enumerate(grants) if grant.status is Status.RETRY]
-        borrows = full and self.core.shards.any_claims and not self.core.draining
-        if borrows and self.make_room is not None:
-            return self._reserve_later(
-                self.make_room, session, request, reservation, full, response
-            )
+        if self.may_borrow(grants):
+            return self._reserve_later(session, request, reservation, grants, response)
         self._answer_reserve(request, reservation, grants, response)
         return None
 
     async def _reserve_later(
         self,
-        make_room: MakeRoom,
         session: Session,
         request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
         reservation: Reservation | None,
-        full: list[int],
+        grants: list[Grant],
         response: node_pb2.ReserveResponse,
     ) -> None:
+        reservation, grants = await self.reserve_again(session, request, reservation, grants)
+        self._answer_reserve(request, reservation, grants, response)
+
+    def may_borrow(self, grants: Iterable[Grant]) -> bool:
+        """Whether there was no room because what is here is needed, and others may have some."""
+        return (
+            self.make_room is not None
+            and self.core.shards.any_claims
+            and not self.core.draining
+            and any(grant.status is Status.RETRY for grant in grants)
+        )
+
+    async def reserve_again(
+        self,
+        session: Session,
+        request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
+        reservation: Reservation | None,
+        grants: list[Grant],
+        *,
+        streamed: bool = False,
+    ) -> tuple[Reservation | None, list[Grant]]:
         """What open sequences need is lent out to make room, where other nodes have some."""
+        assert self.make_room is not None
         if reservation is not None:
             self.core.abort(reservation)  # nobody knows of it yet
+        full = [i for i, grant in enumerate(grants) if grant.status is Status.RETRY]
         sizes = list(request.size_bytes)
         size_bytes = max(sizes[i] for i in full) if len(sizes) > 1 else sizes[0]
-        await make_room(session.tenant, size_bytes, len(full), PUT_ROOM_S)
+        await self.make_room(session.tenant, size_bytes, len(full), PUT_ROOM_S)
         if session.id not in self.core.sessions:
             raise Refused("the session ended while room was sought")
-        reservation, grants = self.reserve_extents(session, request)
-        self._answer_reserve(request, reservation, grants, response)
+        return self.reserve_extents(session, request, streamed=streamed)
 
     def _answer_reserve(
         self,

@@ -14,7 +14,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -401,6 +401,10 @@ class WireServer:
         errand = _Errand(lambda: self._on_time(call))
         self._loop.call_soon_threadsafe(errand.run)
         return errand.result()
+
+    def await_on_core(self, call: Coroutine[Any, Any, T]) -> T:
+        """The same for what takes a while; the loop goes on meanwhile."""
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def tell_core(self, call: Callable[[], object]) -> None:
         """Runs `call` on the loop, after all that was asked of it before; nobody waits."""

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
+import kvfabric_client
 from kvfabric import checksums
 from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.rpc.v1 import node_pb2
-from kvfabric.types import Key, NamespaceId, Status
+from kvfabric.types import Key, Namespace, NamespaceId, Status
 from kvfabric_nodes.node import Node
 
-from .conftest import Start, core_of, key
+from .conftest import Start, address, core_of, key, payload
+from .test_grpc import Guest
 from .test_sequence_calls import BLOCK_BYTES, LAYERS, TOKENS, Wire, Writer, block
 
 MEMORY_BYTES = 4 * BLOCK_BYTES
@@ -162,6 +164,27 @@ def test_a_plain_put_borrows_where_sequences_need_everything(lender: Lender, wir
     assert list(answer.statuses) == [Status.OK, Status.OK]
     assert lender.asked == [("default", BLOCK_BYTES, 2)]
     wire.call("Abort", node_pb2.AbortRequest(reservation=answer.reservation))
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp", "grpc"])
+def test_so_does_a_put_over_any_transport(
+    node: Node, lender: Lender, wire: Wire, kind: str
+) -> None:
+    Writer(wire).put(1, 2, 3, 4)
+
+    if kind == "grpc":
+        guest = Guest(node)
+        with contextlib.closing(guest.channel):
+            shard = payload(8, BLOCK_BYTES)
+            statuses = [list(answer.statuses) for answer in guest.write({8: shard})]
+            assert statuses == [[Status.OK], [Status.OK]]
+            assert guest.read(8)[1] == {0: shard.tobytes()}
+    else:
+        with kvfabric_client.connect(address(node, kind), timeout_s=20) as client:
+            room = client.open(Namespace("default", b"f" * 32))
+            assert room.put([key(8)], [payload(8, BLOCK_BYTES)]) == [Status.OK]
+
+    assert lender.asked == [("default", BLOCK_BYTES, 1)]
 
 
 def test_a_writer_that_is_fenced_while_it_waits_gets_a_conflict(
