@@ -171,9 +171,7 @@ class _Bulk:
             reservation, grants, full = self._server.on_core(reserve)
             if full:
                 reservation, grants = self._server.await_on_core(
-                    handler.reserve_again(
-                        self._session, header, reservation, grants, streamed=True
-                    )
+                    handler.reserve_again(self._session, header, reservation, grants, streamed=True)
                 )
         except FabricError as error:
             self.answer(wire_pb2.Frame(id=frame_id, error=to_proto(error)))
