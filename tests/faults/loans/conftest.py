@@ -38,14 +38,12 @@ SPACE = Namespace("default", bytes(32), b"lenders")
 
 HOME_BLOCKS = 32
 GROWN = 3 * HOME_BLOCKS  # blocks
-LOAN_S = 2.0
-RECALL_S = 2.0
+PATIENCE_S = 2.0  # with a debtor that is silent, or does not give back
 GROW_S = 60.0
 QUIET_S = 30.0  # until all deadlines have passed, on a busy machine
 QUICK = ("--heartbeat-ms", "100", "--silence-ms", "2000")
 
 MEMORY = {"home": "1MiB", "east": "8MiB", "west": "6MiB"}  # so that east is asked first
-TERMS = {"KVFABRIC_NODE_LOAN_S": str(LOAN_S), "KVFABRIC_NODE_RECALL_S": str(RECALL_S)}
 
 
 def kv(start: int, end: int, seed: int = 1) -> npt.NDArray[np.float32]:
@@ -68,12 +66,15 @@ class Lenders:
         self.folder = folder
         self.nodes: dict[str, NodeProcess] = {}
         self.clients: list[Client] = []
+        self.patience_s = PATIENCE_S
         self._processes = processes
         self._options: tuple[str, ...] = QUICK
         self.manager: ManagerProcess
 
     def start(self, store: str = "", **failpoints: str) -> Lenders:
-        """`store`: the manager's, a SQLite file where it is not said. `failpoints`: by the process's name, as KVFABRIC_FAILPOINT has them."""
+        """`store`: the manager's, a SQLite file where it is not said. `failpoints`: by the
+        process's name, as KVFABRIC_FAILPOINT has them.
+        """
         if store:
             self._options = (*QUICK, "--store", store)
         self.start_manager("127.0.0.1:0", failpoints.get("manager", ""))
@@ -87,7 +88,10 @@ class Lenders:
         self._processes.append(self.manager)
 
     def start_node(self, name: str, failpoint: str = "") -> NodeProcess:
-        options = ("--manager", self.manager.address, "--memory", MEMORY[name])
+        options = (
+            *("--manager", self.manager.address, "--memory", MEMORY[name]),
+            *("--loan-s", str(self.patience_s), "--recall-s", str(self.patience_s)),
+        )
         lends = () if name == "home" else ("--lend", MEMORY[name])
         node = NodeProcess(name, self.folder, *options, *lends, failpoint=failpoint)
         self._processes.append(node)
@@ -228,11 +232,7 @@ class Growth:
 
 
 @pytest.fixture
-def lenders(
-    folder: Path, processes: list[Process], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Lenders]:
-    for name, value in TERMS.items():
-        monkeypatch.setenv(name, value)
+def lenders(folder: Path, processes: list[Process]) -> Iterator[Lenders]:
     lenders = Lenders(folder, processes)
     yield lenders
     for client in lenders.clients:

@@ -80,6 +80,7 @@ def test_a_debtor_dies_and_its_writer_goes_on_elsewhere(lenders: Lenders, point:
     ],
 )
 def test_the_manager_dies_meanwhile(lenders: Lenders, name: str, point: str) -> None:
+    lenders.patience_s = 20.0  # a node is stopped while a manager starts
     lenders.start(**{name: f"{point}=stop"})
     growth = Growth(lenders.client())
     lenders.stopped(name)

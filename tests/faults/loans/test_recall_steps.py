@@ -78,6 +78,7 @@ def test_the_creditor_dies(lenders: Lenders) -> None:
     ],
 )
 def test_the_manager_dies_meanwhile(lenders: Lenders, name: str, point: str) -> None:
+    lenders.patience_s = 20.0  # a node is stopped while a manager starts
     lenders.start(**{name: f"{point}=stop"})
     debtor = Growth(lenders.client()).wait()
 
