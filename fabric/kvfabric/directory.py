@@ -26,7 +26,7 @@ __all__ = ["BUCKETS", "Cursor", "Directory", "Inventory", "Located", "Lot", "Pla
 
 # A namespace's keys are spread over as many dicts, so that none is ever resized or swept for
 # longer than a few milliseconds. They get unequal shares, or all would be resized at once.
-BUCKETS = 64
+BUCKETS = 128
 SWEEP_KEYS = 65_536
 _TIDY_KEYS = 16_384  # moved at once; to look at a key is cheaper by far
 _FEW_PLACES = 4096  # so many are judged beforehand, where keys at some of them are wanted

@@ -58,10 +58,6 @@ class ManagerCore:
         self._reporting: set[NodeId] = set()  # in the middle of a full report
         self._ticked_s = now_s
 
-    def join(self, part: Part) -> None:
-        """From now on `part` is told what happens, after those that joined before it."""
-        self._parts.append(part)
-
     # Nodes
 
     def register(self, event: Register, now_s: float) -> Registered:

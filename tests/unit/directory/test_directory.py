@@ -216,3 +216,43 @@ def test_a_keys_entry_is_nothing_that_the_garbage_collector_follows() -> None:
     directory.add(A, ROOM, Tier.DRAM, keys(*range(1000)))
 
     assert not any(gc.is_tracked(bucket) for bucket in directory._rooms[ROOM])
+
+
+def test_a_sweep_moves_a_limited_number_of_keys_at_once(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvfabric.directory._TIDY_KEYS", 10)
+    alike = b"".join(bytes(8) + number.to_bytes(24, "little") for number in range(95))
+    directory.add(A, ROOM, Tier.DRAM, alike)  # all in one bucket
+    directory.drop(A)
+
+    left = [95]
+    while directory.sweep():
+        left.append(sum(map(len, directory._rooms[ROOM])))
+
+    assert set(left) == {95, *range(5, 95, 10)}
+    assert directory._rooms == {}
+
+
+def test_losing_a_node_leaves_the_places_of_others_alone(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2))
+    directory.add(B, ROOM, Tier.DRAM, keys(2, 3))
+    before = directory.locate(ROOM, [key(3)], prefix=False).places[0]
+    directory.drop(A)
+
+    assert directory.locate(ROOM, [key(3)], prefix=False).places[0] is before
+    assert directory.keys == 2
+    assert directory.count(lambda place: place[0].node == B) == 2
+
+
+def test_keys_that_only_a_draft_has_are_not_counted(directory: Directory) -> None:
+    directory.add(A, ROOM, Tier.DRAM, keys(1, 2), draft=True)
+    directory.add(B, ROOM, Tier.DRAM, keys(2, 3))
+
+    assert directory.keys == 2
+    directory.publish(A)
+    assert directory.keys == 3
+    directory.drop(A)
+    assert directory.keys == 2
+    sweep_all(directory)
+    assert directory.keys == 2
