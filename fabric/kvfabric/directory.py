@@ -173,6 +173,8 @@ class Directory:
             if self._tidy(bucket):
                 number += 1
                 self._unswept[namespace] = number
+            else:
+                limit_keys = 0
             if not self._places.stale:
                 self._end_sweep(list(self._unswept))
             elif number == BUCKETS:
