@@ -22,8 +22,8 @@ from kvfabric_nodes.terms import Identity
 NOTHING_TO_LEND = "all that is here is leased, pinned, kept for others, or not a sequence's"
 LOAN_KEYS = 64  # of one loan
 LENDS_IN_FLIGHT = 4  # loans that wait for their bytes
-AHEAD_PART = 8  # a node that borrows takes this part of its memory more, at most one loan, so
-#                  that a sequence that grows does not borrow block by block
+AHEAD_PART = 8  # a node that borrows takes this part of its memory at least, at most one loan,
+#                 so that a sequence that grows does not borrow block by block
 STUCK_S = 2.0  # what is leased now may be free by then; else there is no room
 STUCK_POLL_S = 0.1
 DRY_S = 1.0  # nobody is asked again for so long when nobody had room
@@ -160,7 +160,11 @@ class Seeker:
         ahead = min(self._core.extents.capacity_bytes // AHEAD_PART, LOAN_KEYS * pool[1])
         why_lent = f"no room for {blocks} block{'s' * (blocks > 1)}"
         asked_bytes, why = self.spread(
-            self._search, short + ahead, lambda size: self._pick(pool, size), why_lent, now_s
+            self._search,
+            max(short, ahead),
+            lambda size: self._pick(pool, size),
+            why_lent,
+            now_s,
         )
         if asked_bytes:
             self._stuck_s = None
