@@ -127,7 +127,8 @@ class Borrower:
 
     def _go_on(self, debt: Debt, now_s: float) -> None:
         leaving = debt.having(Stage.LEAVING)
-        if debt.doubtful or debt.having(Stage.ASKED):
+        doubtful = debt.doubtful and len(leaving) < len(debt.stages)  # of what is to stay there
+        if doubtful or debt.having(Stage.ASKED):
             self._ask(debt, now_s)
         elif leaving:
             self._return(debt, leaving, now_s)
