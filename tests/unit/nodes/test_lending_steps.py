@@ -22,7 +22,7 @@ def story(town: Town) -> None:
     for number in range(SLOTS):
         town["a"].put(key(number))
     town.run(0.3)
-    town["a"].make_room(5)
+    town["a"].make_room(4)
     town.run(LIFE_S / 3)
     recall = control_pb2.Command.Recall(debtor="a", size_bytes=2 * SHARD_BYTES)
     for name in ("b", "c"):
