@@ -61,6 +61,7 @@ class NodeMetrics:
         self.keeper = KeeperTally()
         self.gauges: dict[str, Callable[[], float]] = {}  # of parts that are above this one
         self.commands: Counter[str] = Counter()  # of the manager, by kind
+        self.lend_cap_bytes: int | None = None  # lent to other nodes at most, where that is known
         self.incarnation = incarnation
         self._node = node
         self._core = core
@@ -108,6 +109,7 @@ class NodeMetrics:
             leases=sum(len(s.leases) for s in core.sessions.values()),
             pins=core.pins,
             reservations=sum(len(s.reservations) for s in core.sessions.values()),
+            lend_cap_bytes=self.lend_cap_bytes,
         )
         for name in ("capacity", "held", "reserved", "quarantined", "free", "wasted", "ready"):
             self._set(f"{name}_bytes", getattr(tier, f"{name}_bytes"), TIER)

@@ -52,6 +52,7 @@ class Neighbours:
         self.homing = Homing(handler.core, self.puller, inquiries)
         me = Identity(register.node, register.incarnation, register.endpoints)
         terms = Terms(settings.lend_bytes, settings.loan_s, settings.recall_s)
+        handler.metrics.lend_cap_bytes = terms.cap_bytes
         self.lending = Lending(handler.core, me, terms, victims)
         self.lending_calls = LendingCalls(
             self.lending, self.peers, self.puller, handler.clock, inquiries

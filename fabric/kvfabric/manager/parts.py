@@ -86,6 +86,7 @@ class Cluster:
             borrowed_bytes=self.ledger.borrowed_bytes(member.node),
             load=sites.load(member),
             draining=member.node in self.draining,
+            lend_cap_bytes=sites.lend_cap_bytes(member),
         )
 
 

@@ -22,3 +22,9 @@ def evictable_bytes(tier: types_pb2.TierStats) -> int:
 def load(member: Member) -> float:
     """How busy a node is: what it has promised to clients at this moment."""
     return float(member.stats.leases + member.stats.reservations)
+
+
+def lend_cap_bytes(member: Member) -> int | None:
+    """What a node lends at most; None where it does not say."""
+    stats = member.stats
+    return stats.lend_cap_bytes if stats.HasField("lend_cap_bytes") else None

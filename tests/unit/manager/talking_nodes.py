@@ -62,6 +62,7 @@ class Talker:
         free_bytes: int | None = None,
         claimed_bytes: int | None = None,
         leases: int = 0,
+        lend_cap_bytes: int | None = None,
         loans: Sequence[Loan] | None = None,
         waiting: int | None = None,
         batch: int = 8,
@@ -74,7 +75,9 @@ class Talker:
         if free_bytes is not None:
             claimed = self.capacity_bytes - free_bytes if claimed_bytes is None else claimed_bytes
             tiers = [self.tier(free_bytes, claimed)]
-            stats = types_pb2.NodeStats(node=self.name, tiers=tiers, leases=leases)
+            stats = types_pb2.NodeStats(
+                node=self.name, tiers=tiers, leases=leases, lend_cap_bytes=lend_cap_bytes
+            )
         steps = None
         if waiting is not None:
             steps = control_pb2.StepSums(waiting=waiting, last_batch=batch)

@@ -132,3 +132,12 @@ def test_a_node_is_told_that_it_is_drained(core: ManagerCore) -> None:
     assert not a.beat(0.1).draining
     core.cluster.draining.add(a.node)
     assert a.beat(0.2).draining
+
+
+@pytest.mark.parametrize(("cap_bytes", "lendable"), [(None, [32 * GIB]), (GIB, [GIB]), (0, [])])
+def test_a_node_lends_up_to_the_cap_that_it_tells_else_half(
+    core: ManagerCore, cap_bytes: int | None, lendable: list[int]
+) -> None:
+    _, b = joined(core, "a", "b")
+    b.beat(0.1, free_bytes=60 * GIB, lend_cap_bytes=cap_bytes)
+    assert borrow(core, "a", MIB).free_bytes == lendable

@@ -379,12 +379,15 @@ class NodeStats(_message.Message):
     PINS_FIELD_NUMBER: _builtins.int
     RESERVATIONS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    LEND_CAP_BYTES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
     sessions: _builtins.int
     leases: _builtins.int
     pins: _builtins.int
     reservations: _builtins.int
+    lend_cap_bytes: _builtins.int
+    """lent to other nodes at most; none: it does not say"""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStats]: ...
     @_builtins.property
@@ -402,12 +405,15 @@ class NodeStats(_message.Message):
         pins: _builtins.int = ...,
         reservations: _builtins.int = ...,
         counters: _abc.Iterable[Global___Counter] | None = ...,
+        lend_cap_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lend_cap_bytes", b"_lend_cap_bytes", "lend_cap_bytes", b"lend_cap_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "incarnation", b"incarnation", "leases", b"leases", "node", b"node", "pins", b"pins", "reservations", b"reservations", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lend_cap_bytes", b"_lend_cap_bytes", "counters", b"counters", "incarnation", b"incarnation", "leases", b"leases", "lend_cap_bytes", b"lend_cap_bytes", "node", b"node", "pins", b"pins", "reservations", b"reservations", "sessions", b"sessions", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__lend_cap_bytes: _TypeAlias = _typing.Literal["lend_cap_bytes"]  # noqa: Y015
+    _WhichOneofArgType__lend_cap_bytes: _TypeAlias = _typing.Literal["_lend_cap_bytes", b"_lend_cap_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lend_cap_bytes) -> _WhichOneofReturnType__lend_cap_bytes | None: ...
 
 Global___NodeStats: _TypeAlias = NodeStats  # noqa: Y015
 
