@@ -62,7 +62,9 @@ Call = Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]
 
 
 class GuestBook(Protocol):
-    """Who maps which segments, for the next start of this node. Sessions go by their tokens."""
+    """What the next start of this node has to know of its clients: who maps which segments, and
+    what they erased. Sessions go by their tokens.
+    """
 
     def mapped(self, token: bytes, pid: int, segments: Sequence[int]) -> None:
         """To be called before a process is given them; it is recorded when this returns."""
@@ -71,6 +73,9 @@ class GuestBook(Protocol):
     def ended(self, token: bytes) -> None: ...
     def ended_before(self, tokens: Sequence[bytes]) -> None:
         """Sessions of an earlier start of which nothing touches memory any more."""
+
+    def erased(self) -> None:
+        """Nothing that was purged may come back once this returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,6 +585,8 @@ class Handler:
             )
             response.shards += shards
             response.size_bytes += size_bytes
+        if self.guests is not None:
+            self.guests.erased()
 
     def stats(
         self, session: Session, request: node_pb2.StatsRequest, response: node_pb2.StatsResponse

@@ -139,17 +139,16 @@ class Node:
             identity = Identity(settings.node, settings.token.encode(), settings.manager)
             handler = Handler(core, arena, self._clock, identity, verifier, metrics)
             self._offer_sequences(core, handler, verifier)
-            stack.push_async_callback(self._end_tasks)
-            self._open_metrics(metrics, stack)
-            await self._open_grpc(handler, stack)
             if self._has_keeper:
                 metrics.keeper = keeping.tally
                 keeping.attach(restored, arena, handler)
-                # A start that fails leaves what was there to the next one.
-                stack.push_async_callback(keeping.stop, keep=keeping.tally.adopted > 0)
+                stack.push_async_callback(keeping.stop)  # when nothing writes any more
                 self._begin(keeping.run())
+            stack.push_async_callback(self._end_tasks)
+            self._open_metrics(metrics, stack)
+            await self._open_grpc(handler, stack)
             server = self._open_wire(handler, stack)
-            stack.push_async_callback(keeping.stop, keep=settings.keep_on_stop)
+            stack.callback(keeping.ends, keep=settings.keep_on_stop)
             register = self._registration(metrics)
             self.neighbours = Neighbours(
                 handler, settings, register, server.on_core, self.sequences.victims

@@ -111,8 +111,10 @@ def test_clients_go_on_over_restart_after_restart_and_no_memory_stays_frozen(
         child.read()
     for _ in range(3):
         until(lambda: nodes[-1].tier().shards > 20, "they are at work")
+        told(nodes[-1])
         nodes[-1].kill()
         nodes.append(start())
+        assert counter(nodes[-1], "adopted_shards_total") > 10
     until(
         lambda: nodes[-1].stats().sessions == 3 and counter(nodes[-1], "frozen_segments") == 0,
         "clients that came back have let go of what their old sessions mapped",

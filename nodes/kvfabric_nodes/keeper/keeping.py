@@ -69,6 +69,7 @@ class Keeping:
         self._again = asyncio.Event()
         self._starting: asyncio.Future[None] | None = None
         self._stopping = False
+        self._keep = False
 
     # At the start -------------------------------------------------------------------
 
@@ -120,6 +121,7 @@ class Keeping:
         adopted = adoption.rebuild(right, guests, memory, self._shape, now_s, wall_s)
         current = {records.slot_key(record.segment, record.offset) for record in right}
         current |= {records.guest_key(guest) for guest in guests}
+        current.add(records.encode_shape(self._shape)[0])
         self.tally.adopted = len(right)
         self.tally.not_adopted = dropped
         log.info(
@@ -168,6 +170,7 @@ class Keeping:
     def attach(self, restored: Restored, arena: Arena, handler: Handler) -> None:
         """From here on the keeper is told what changes."""
         self._loop = asyncio.get_running_loop()
+        self._keep = self.tally.adopted > 0
         self._core, self._arena = restored.core, arena
         self._guests = Guests(restored.guests, restored.former, handler.close_session)
         self.tally.frozen = self._guests.frozen
@@ -220,25 +223,40 @@ class Keeping:
         outbox.all_of(self._core.shards)
         log.info("keeper_replaced", pid=link.pid, shards=self._core.shards.count)
 
-    async def stop(self, *, keep: bool) -> None:
-        """The node ends; its keeper with it, unless another rManager is to come (`keep`). Safe
-        to repeat.
+    def ends(self, *, keep: bool) -> None:
+        """The node begins to stop in good order. `keep`: its keeper waits for another rManager.
+
+        The node closes its clients' sockets now, which may go on mapping what they map: as far
+        as the keeper knows, they stay.
+        """
+        self._keep = keep
+        self._stopping = True
+
+    async def stop(self) -> None:
+        """The node has ended; its keeper with it, unless another rManager is to come.
+
+        One does after a start that failed, where there was something to adopt.
         """
         self._stopping = True
         if self._starting is not None and not self._starting.done():
             await asyncio.wait([self._starting])
-        outbox, self._outbox = self._outbox, None
-        link, self._link = self._link, None
-        if outbox is not None:
-            until_s = time.monotonic() + LAST_WORDS_S
-            while keep and not outbox.empty and time.monotonic() < until_s:
-                outbox.flush()
-                await asyncio.sleep(0.001)
-            link = outbox.close()
+        keep = self._keep and await self._told_all()
+        link = self._link if self._outbox is None else self._outbox.close()
+        self._outbox = self._link = None
         if link is not None and keep:
             link.close()
         elif link is not None:
             await self._loop.run_in_executor(None, link.end)
+
+    async def _told_all(self) -> bool:
+        """Whether the keeper knows everything; half of it would not be worth keeping."""
+        until_s = time.monotonic() + LAST_WORDS_S
+        while self._outbox is not None and not self._outbox.empty:
+            if time.monotonic() > until_s:
+                return False
+            self._outbox.flush()
+            await asyncio.sleep(0.001)
+        return self._outbox is not None
 
     def _open(self, link: KeeperLink) -> Outbox:
         self._outbox = Outbox(self._loop, link, self._encode, self._lost)
@@ -297,11 +315,15 @@ class Keeping:
         self._guests.unmapped(token, segments, self)
 
     def ended(self, token: bytes) -> None:
-        self._guests.ended(token, self)
+        if not self._stopping:
+            self._guests.ended(token, self)
 
     def ended_before(self, tokens: Sequence[bytes]) -> None:
         self._guests.ended_before(tokens, self)
         self.tally.frozen = self._guests.frozen
+
+    def erased(self) -> None:
+        self._push()
 
     def _encode(self, shard: Shard) -> bytes:
         extent, expires_s = shard.extent, shard.expires_s

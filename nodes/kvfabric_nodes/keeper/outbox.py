@@ -10,7 +10,9 @@ that remembers what is no longer so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -158,9 +160,9 @@ class Outbox:
             else:
                 shard = self._backlog.pop()
             if shard.present:
-                extent = shard.extent
-                slot = (extent.segment, extent.offset)
-                piece += process.put(records.slot_key(*slot), self._encode(shard))
+                name = records.slot_key(shard.extent.segment, shard.extent.offset)
+                with contextlib.suppress(struct.error):  # an endless owner: it is not kept
+                    piece += process.put(name, self._encode(shard))
         return bytes(piece)
 
     def _on_readable(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tests.unit.nodes.conftest import Desk, key
 
-from kvfabric.errors import Conflict
+from kvfabric.errors import Conflict, Refused
 from kvfabric.types import Key, Namespace, Status
 from kvfabric_client import connect
 from kvfabric_nodes.core import NodeCore
@@ -477,6 +477,20 @@ def test_a_keeper_may_be_left_for_the_next_version(path: Path) -> None:
         assert room.put([key(30)], [content(key(30))]) == [Status.OK]
     again.check()
     assert counter(again, "kvfabric_node_adopted_shards_total") == 20
+    again.stop()
+
+
+def test_a_start_that_fails_leaves_what_was_there_to_the_next(path: Path) -> None:
+    node = node_at(path, keep_on_stop=True)
+    with connect(home(node)) as writer:
+        writer.open(SPACE).put(keys_of(3), [content(k) for k in keys_of(3)])
+    node.stop()
+    taken = socket.create_server(("127.0.0.1", 0))
+    with taken, pytest.raises(Refused, match="choose another address"):
+        node_at(path, tcp=f"127.0.0.1:{taken.getsockname()[1]}")
+    again = node_at(path)
+    with connect(home(again)) as reader:
+        assert all(copy is not None for copy in reader.open(SPACE).get(keys_of(3)))
     again.stop()
 
 
