@@ -28,9 +28,6 @@ POINTS: dict[str, str] = {
     "pull.sealed": "destination: has sealed a batch",
     "pull.reading": "source: has leased what is read",
     "drop.told": "source: was told to drop what was copied",
-    "move.ordered": "manager: has noted a move, no node knows yet",
-    "move.copied": "manager: has seen every copy, no drop is ordered",
-    "move.dropped": "manager: has ordered the drops",
 }
 
 _ACTIONS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
