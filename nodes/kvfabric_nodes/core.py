@@ -448,17 +448,18 @@ class NodeCore:
         use = self.shards.next_use()
         found = [room.get(key) for key in keys]
         held = [shard for shard in found if shard is not None]
-        self.tally.hits += len(held)
-        self.tally.misses += len(keys) - len(held)
+        counted = not session.between_nodes  # a copy to another node is no use of a shard
+        if counted:
+            self.tally.hits += len(held)
+            self.tally.misses += len(keys) - len(held)
         if not held:
             return None, found
         size_bytes = 0
-        counted = not session.between_nodes  # a copy to another node is no use of it
         for shard in held:
-            shard.last_used = use
             shard.extent.holders += 1
             size_bytes += shard.size_bytes
             if counted:
+                shard.last_used = use
                 shard.reads += 1
                 if shard.reads >= HEAT_READS and len(self._heat) < self.limits.heat:
                     self._heat[shard] = None

@@ -201,6 +201,16 @@ def test_what_the_source_lacks_is_missing_and_what_is_here_is_held(
     assert sent_bytes(source) == 2 * SHARD_BYTES
 
 
+def test_a_copy_to_another_node_is_no_use_of_a_shard(source: Node, target: Node) -> None:
+    put(source, KEYS[:1])
+    shard = core_of(source).shards.get(SPACE_ID, KEYS[0])
+    assert shard is not None
+    before = (shard.last_used, shard.reads)
+    assert outcomes(pull(target, source, KEYS[:2])) == [Outcome.COPIED, Outcome.MISSING]
+    assert (shard.last_used, shard.reads) == before
+    assert (core_of(source).tally.hits, core_of(source).tally.misses) == (0, 0)
+
+
 def test_a_large_pull_measures_the_link(source: Node, target: Node) -> None:
     put(source, MANY)
     pull(target, source, MANY[:1])
