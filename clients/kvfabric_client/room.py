@@ -22,7 +22,7 @@ from kvfabric_client.handoff import HandOff, hand_off
 from kvfabric_client.link import Link
 from kvfabric_client.outline import Outline, checked_ids
 from kvfabric_client.sequence import Sequence
-from kvfabric_client.sequence_home import Opening
+from kvfabric_client.sequence_opening import Opening
 from kvfabric_client.sequence_writer import Writer
 from kvfabric_client.state import State
 from kvfabric_client.transfers import Transfers, batches

@@ -6,23 +6,26 @@ A session that has ended took the open blocks along; the sealed ones stay. What 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfabric.checksums import checksums
-from kvfabric.errors import Broken, Conflict, FabricError, Retry, Unreachable
+from kvfabric.errors import Broken, Conflict, Unreachable
 from kvfabric.rpc.v1 import node_pb2
-from kvfabric.types import BATCH_KEYS, Key, Status
+from kvfabric.types import Key, Status
+from kvfabric.wire.connection import Connection
 from kvfabric_client.blocks import BlockShape
 from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 from kvfabric_client.outline import Piece, Sealed
-from kvfabric_client.tails import Tails
+from kvfabric_client.tails import Payload, Tails
 
 if TYPE_CHECKING:
     from kvfabric_client.room import Room
 
+MAX_UNDER_WAY = 8  # appends of bytes whose answers are awaited
 EXTEND_WAIT_S = 2.0  # how long a node may look for room on other nodes, within the deadline
 
 
@@ -71,8 +74,7 @@ class Home:
         """One call within the session that opened the sequence; Unreachable once that ended."""
 
         def call(link: Link) -> Any:
-            if link is not self.link:
-                raise Unreachable(f"the session with node {self.node} has ended")
+            self._check(link)
             answer = link.call(name, request, deadline.at_s)
             return getattr(answer, f"{name}_response")
 
@@ -95,23 +97,62 @@ class Home:
         self, start: int, tokens: int, layers: range, pieces: list[Piece], deadline: Deadline
     ) -> int:
         """Makes what was written into the pieces visible; answers the length. Repeatable."""
+        request = self._append_request(start, layers)
+        if not self.tails.shared:
+            payloads = self.tails.payloads(pieces, layers)
+            requests = (self._append_request(start, layers, one) for one in payloads)
+            request = self._send_ahead(requests, deadline) or request
+        request.tokens = tokens  # visible only now that all bytes are there
+        answer: node_pb2.AppendResponse = self.call("append", request, deadline)
+        return answer.length
+
+    def _append_request(
+        self, start: int, layers: range, payload: Payload | None = None
+    ) -> node_pb2.AppendRequest:
         request = node_pb2.AppendRequest(
             sequence=self.sequence, epoch=self.epoch, start=start, first_layer=layers.start
         )
         request.layers = 0 if len(layers) == self.shape.layers else len(layers)
-        if not self.tails.shared:
-            for payload in self.tails.payloads(pieces, layers):
-                if request.payload:  # the tokens become visible with the last of it
-                    self.call("append", request, deadline)
-                for name in ("blocks", "offsets", "size_bytes"):
-                    request.ClearField(name)
-                request.blocks.extend(payload.blocks)
-                request.offsets.extend(payload.offsets)
-                request.size_bytes.extend(payload.size_bytes)
-                request.payload = payload.data
-        request.tokens = tokens
-        answer: node_pb2.AppendResponse = self.call("append", request, deadline)
-        return answer.length
+        if payload is not None:
+            request.blocks.extend(payload.blocks)
+            request.offsets.extend(payload.offsets)
+            request.size_bytes.extend(payload.size_bytes)
+            request.payload = payload.data
+        return request
+
+    def _send_ahead(
+        self, requests: Iterator[node_pb2.AppendRequest], deadline: Deadline
+    ) -> node_pb2.AppendRequest | None:
+        """Brings bytes into open blocks, some requests on their way at once; all have been
+        answered when it returns. Answers the last one, which it has not sent."""
+
+        def send(connection: Connection) -> node_pb2.AppendRequest | None:
+            under_way: deque[int] = deque()
+            last: node_pb2.AppendRequest | None = None
+            try:
+                for request in requests:
+                    if len(under_way) == MAX_UNDER_WAY:
+                        connection.finish(under_way.popleft(), deadline.at_s)
+                    if last is not None:
+                        under_way.append(connection.begin("append", last, deadline.at_s))
+                    last = request
+                while under_way:
+                    connection.finish(under_way.popleft(), deadline.at_s)
+            finally:
+                for frame_id in under_way:
+                    connection.forget(frame_id)
+            return last
+
+        def call(link: Link) -> node_pb2.AppendRequest | None:
+            self._check(link)
+            with link.connection(deadline.at_s) as connection:
+                return send(connection)
+
+        return self.room.client.at(self.address, call, deadline)
+
+    def _check(self, link: Link) -> None:
+        if link is not self.link:
+            raise Unreachable(f"the session with node {self.node} has ended")
 
     def blank(self, index: int, tokens: int, length: int, deadline: Deadline) -> None:
         """Clears what follows the first `tokens` of an open block, as a short block has it."""
@@ -204,67 +245,3 @@ class Home:
 
 def _places(said: node_pb2.DescribeResponse) -> list[str]:
     return [said.nodes[place] if place < len(said.nodes) else "" for place in said.place]
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What it takes to open a sequence somewhere: a room, and the sealed blocks it begins with."""
-
-    room: Room
-    shape: BlockShape
-    blocks: Sequence[Sealed]
-    idle_s: float
-
-    def at(
-        self, address: str, deadline: Deadline, *, resume: int = 0, but: str = ""
-    ) -> tuple[Home, int]:
-        """At one node: its writer's side, and the tokens up to the first block that nobody has.
-
-        `resume`: a sequence that this node still has, whose writer had gone, instead of a new one.
-        Retry where this is the node of the name `but`.
-        """
-
-        def call(link: Link) -> tuple[Home, int]:
-            if link.node == but:
-                raise Retry(f"node {but} is to be left")
-            link.open(self.room.namespace, self.room.id, deadline.at_s)
-            answer = link.call("open_sequence", self._request(resume), deadline.at_s)
-            opened = answer.open_sequence_response
-            idle_s = opened.idle_ms / 1000 or self.idle_s
-            home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
-            return home, opened.length
-
-        home, length = self.room.client.at(address, call, deadline)
-        if not resume and length < (self.blocks[-1].end if self.blocks else 0):
-            home.truncate(length, deadline)  # what follows a hole is to be computed again
-        return home, length
-
-    def anywhere(self, deadline: Deadline, *, but: str = "") -> tuple[Home, int]:
-        """At the first node that takes it, those of this host first. `but`: not at this one."""
-        failure: FabricError | None = None
-        for address in self.room.client.addresses(deadline):
-            try:
-                return self.at(address, deadline, but=but)
-            except Retry as error:
-                deadline.check()
-                failure = failure or error
-        raise failure or Unreachable(
-            "no node takes this sequence; start one with `kvfabric up`, or set KVFABRIC_HOME"
-        )
-
-    def _request(self, resume: int) -> node_pb2.OpenSequenceRequest:
-        shape = self.shape
-        request = node_pb2.OpenSequenceRequest(
-            namespace_id=self.room.id,
-            size_bytes=shape.size_bytes,
-            layers=shape.layers,
-            block_tokens=shape.block_tokens,
-            idle_ms=milliseconds(self.idle_s),
-            resume=resume,
-        )
-        if not resume:
-            blocks = self.blocks[:BATCH_KEYS]  # what is more than a call takes is appended again
-            request.keys.extend(block.key for block in blocks)
-            if any(block.tokens < shape.block_tokens for block in blocks):
-                request.tokens.extend(block.tokens for block in blocks)
-        return request

@@ -20,7 +20,8 @@ from kvfabric_client.block_reader import Reader
 from kvfabric_client.blocks import Bytes, RawSource, Source
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import Outline
-from kvfabric_client.sequence_home import Home, Opening
+from kvfabric_client.sequence_home import Home
+from kvfabric_client.sequence_opening import Opening
 
 if TYPE_CHECKING:
     from kvfabric_client.room import Room

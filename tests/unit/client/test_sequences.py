@@ -12,7 +12,7 @@ from kvfabric.errors import Conflict, Refused
 from kvfabric.keys import chain, shard_key
 from kvfabric.types import Format, Part
 from kvfabric_client import Client, Room
-from kvfabric_client.sequence_home import Opening
+from kvfabric_client.sequence_opening import Opening
 from kvfabric_client.sequence_reads import Missing
 from kvfabric_client.tails import APPEND_BYTES
 from kvfabric_nodes.node import Node

@@ -1,0 +1,83 @@
+"""Opening a sequence at a node: a new one, one that is resumed, or wherever there is a place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvfabric.errors import FabricError, Retry, Unreachable
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric.types import BATCH_KEYS
+from kvfabric_client.blocks import BlockShape
+from kvfabric_client.deadline import Deadline, milliseconds
+from kvfabric_client.link import Link
+from kvfabric_client.outline import Sealed
+from kvfabric_client.sequence_home import Home
+
+if TYPE_CHECKING:
+    from kvfabric_client.room import Room
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What it takes to open a sequence somewhere: a room, and the sealed blocks it begins with."""
+
+    room: Room
+    shape: BlockShape
+    blocks: Sequence[Sealed]
+    idle_s: float
+
+    def at(
+        self, address: str, deadline: Deadline, *, resume: int = 0, but: str = ""
+    ) -> tuple[Home, int]:
+        """At one node: its writer's side, and the tokens up to the first block that nobody has.
+
+        `resume`: a sequence that this node still has, whose writer had gone, instead of a new one.
+        Retry where this is the node of the name `but`.
+        """
+
+        def call(link: Link) -> tuple[Home, int]:
+            if link.node == but:
+                raise Retry(f"node {but} is to be left")
+            link.open(self.room.namespace, self.room.id, deadline.at_s)
+            answer = link.call("open_sequence", self._request(resume), deadline.at_s)
+            opened = answer.open_sequence_response
+            idle_s = opened.idle_ms / 1000 or self.idle_s
+            home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
+            return home, opened.length
+
+        home, length = self.room.client.at(address, call, deadline)
+        if not resume and length < (self.blocks[-1].end if self.blocks else 0):
+            home.truncate(length, deadline)  # what follows a hole is to be computed again
+        return home, length
+
+    def anywhere(self, deadline: Deadline, *, but: str = "") -> tuple[Home, int]:
+        """At the first node that takes it, those of this host first. `but`: not at this one."""
+        failure: FabricError | None = None
+        for address in self.room.client.addresses(deadline):
+            try:
+                return self.at(address, deadline, but=but)
+            except Retry as error:
+                deadline.check()
+                failure = failure or error
+        raise failure or Unreachable(
+            "no node takes this sequence; start one with `kvfabric up`, or set KVFABRIC_HOME"
+        )
+
+    def _request(self, resume: int) -> node_pb2.OpenSequenceRequest:
+        shape = self.shape
+        request = node_pb2.OpenSequenceRequest(
+            namespace_id=self.room.id,
+            size_bytes=shape.size_bytes,
+            layers=shape.layers,
+            block_tokens=shape.block_tokens,
+            idle_ms=milliseconds(self.idle_s),
+            resume=resume,
+        )
+        if not resume:
+            blocks = self.blocks[:BATCH_KEYS]  # what is more than a call takes is appended again
+            request.keys.extend(block.key for block in blocks)
+            if any(block.tokens < shape.block_tokens for block in blocks):
+                request.tokens.extend(block.tokens for block in blocks)
+        return request
