@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
@@ -230,12 +230,17 @@ class Client:
         return result
 
     def elsewhere(
-        self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[Key],
+        deadline: Deadline,
+        tried: Sequence[Container[str]] = (),
     ) -> dict[str, list[int]]:
         """Addresses of other nodes that hold some of these keys, with the keys' indices.
 
         Of several replicas the best that did not just fail: asked again after a failure, it
-        names another one.
+        names another one. `tried`: per key, addresses that did not have it; they are left out,
+        for what the manager knows of them may be older than that.
         """
         found: dict[str, list[int]] = {}
         if self._avoid.get("manager", 0.0) > time.monotonic():
@@ -253,7 +258,8 @@ class Client:
         now_s = time.monotonic()
         for index, names in enumerate(places):
             known = [address_of(infos[name]) for name in names if name in infos]
-            able = [address for address in known if address]
+            vain = tried[index] if tried else ()
+            able = [address for address in known if address and address not in vain]
             if able:
                 best = min(able, key=lambda each: self._avoid.get(each, 0.0) > now_s)
                 found.setdefault(best, []).append(index)

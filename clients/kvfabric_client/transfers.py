@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,25 +114,34 @@ class Transfers:
             found = self.client.at_home(read, deadline)
             for index, status in zip(some, found, strict=True):
                 statuses[index] = status
+        tried: dict[int, set[str]] = {}
         for _ in range(ROUNDS):
             missing = _missing(statuses)
             if not missing:
                 break
-            places = self._places(keys, missing, deadline)
+            places = self._places(keys, missing, deadline, tried)
             for address, indices in places.items():
+                for index in indices:
+                    tried.setdefault(index, set()).add(address)
                 read_at(address, indices)
             if not places:
                 break
         return statuses
 
     def _places(
-        self, keys: Sequence[Key], missing: Sequence[int], deadline: Deadline
+        self,
+        keys: Sequence[Key],
+        missing: Sequence[int],
+        deadline: Deadline,
+        tried: Mapping[int, set[str]],
     ) -> dict[str, list[int]]:
         """Where the manager knows these to be: indices by the address of a node."""
         found: dict[str, list[int]] = {}
         for batch in batches(len(missing)):
             some = missing[batch]
-            places = self.client.elsewhere(self.id, [keys[index] for index in some], deadline)
+            vain = [tried.get(index, set()) for index in some]
+            wanted = [keys[index] for index in some]
+            places = self.client.elsewhere(self.id, wanted, deadline, vain)
             for address, positions in places.items():
                 found.setdefault(address, []).extend(some[position] for position in positions)
         return found
