@@ -96,8 +96,8 @@ class Mover:
         """Goes on with what is recalled; whether there is any left."""
         assert debt.keep_bytes is not None
         slot = debt.batch.slot_bytes
-        for key in debt.having(*PENDING):  # its bytes are elsewhere anyhow
-            if debt.staying_bytes > debt.keep_bytes:
+        for key in debt.having(*PENDING):
+            if debt.staying_bytes > debt.keep_bytes and self._elsewhere(debt, key):
                 self._book.leave(debt, key, now_s, drop=True)
         over = debt.staying_bytes - debt.keep_bytes
         if over <= 0:
@@ -114,6 +114,11 @@ class Mover:
         why = f"recalled by {debt.creditor}"
         self._seeker.spread(search, over, lambda size: self._pick(debt, size), why, now_s)
         return True
+
+    def _elsewhere(self, debt: Debt, key: Key) -> bool:
+        """Whether the bytes lie somewhere else still: here, or where they were lent before."""
+        place = (debt.batch.namespace, key)
+        return self._core.shards.get(*place) is not None or place in self._book.away
 
     def _end(self, debt: Debt, now_s: float) -> None:
         """All is on its way back, or its time is over: what the creditor took, it tells."""

@@ -398,6 +398,42 @@ def test_a_recall_that_nobody_can_follow_is_taken_at_its_deadline() -> None:
     town.check_balance()
 
 
+def test_a_recall_does_not_give_up_what_was_damaged_at_home_meanwhile(town: Town) -> None:
+    a, b = town["a"], town["b"]
+    fill(a, 0)
+    a.make_room()
+    town.until(lambda: bool(b.loans()) and b.lent()[0].state is LoanState.HELD)
+    town.weather.manager = False  # nothing is seen yet
+    for number in range(2):
+        shard = a.shard(key(number))
+        assert shard is not None
+        a.core.drop(shard, "damaged", "by a test", town.now_s)
+    recall = control_pb2.Command.Recall(debtor="a")
+    b.lending.command(control_pb2.Command(id=1, recall=recall), 1, town.now_s)
+    b.carry_out()
+    town.run(5)
+
+    assert not town.missing()
+    assert a.lending.whereabouts(a.namespace, key(0)) == "b"
+
+
+def test_two_debtors_race_for_the_last_room() -> None:
+    town = Town(["a", "b", "c"], cap_bytes=SLOTS * SHARD_BYTES)
+    for name, first in (("a", 0), ("b", 100)):
+        fill(town[name], first)
+    fill(town["c"], 300, SLOTS - 3)
+    town.run(1)
+
+    rooms = [town[name].make_room(2) for name in ("a", "b")]
+    town.until(lambda: not any(room.waiting for room in rooms))
+    town.run(5)
+
+    assert sorted(room.state.value for room in rooms) == ["done", "failed"]
+    assert town["c"].lending.lent_bytes == 3 * SHARD_BYTES
+    assert not town.missing()
+    town.check_balance()
+
+
 def test_the_manager_has_a_sequence_lent_to_whom_it_names(town: Town) -> None:
     a = town["a"]
     keys = fill(a, 0, 8)
