@@ -34,6 +34,7 @@ OPEN_BYTES = 32 << 20  # of blocks that one append of all layers keeps open at o
 KNOWN_WAIT_S = 3.0  # several heartbeats
 KNOWN_LOOK_S = 0.02
 STAY_S = 5.0  # before a node that is being drained is tried to be left again
+MOST_OPEN = 1024
 MAX_MOVES = 3  # to other nodes, within one call
 
 
@@ -49,6 +50,7 @@ class Writer:
         self.shape = outline.shape
         self.home = home
         self.unsure = False  # the last call's answer is not known
+        self.most_open = MOST_OPEN  # blocks that the node had room for at once, lately
         self.stays_until_s = 0.0  # there was no other node to go to
 
     # Being ready --------------------------------------------------------------------
@@ -232,15 +234,25 @@ class Writer:
         where the sequence has gone to another node: look again. Retry where there is no room."""
         wanted = self.outline.blocks_for(end)
         if layer is None:
-            some = max(1, OPEN_BYTES // self.shape.size_bytes)
+            some = min(self.most_open, max(1, OPEN_BYTES // self.shape.size_bytes))
             wanted = min(wanted, self.outline.blocks_for(at + 1) + some - 1)
         if len(self.home.tails) < wanted:
             if self._leaves(deadline):
                 return at
             reason = self.certainly(lambda: self.home.extend(wanted, deadline))
+            self._learn_room(wanted)
             if self._reach() <= at:
                 raise Retry(f"node {self.home.node} has no room for more tokens: {reason}")
         return min(end, self._reach())
+
+    def _learn_room(self, wanted: int) -> None:
+        """A node that had no room for all it was asked for is asked for less: it has sought room
+        on other nodes until its time was over."""
+        opened = len(self.home.tails)
+        if opened < wanted:
+            self.most_open = max(1, opened)
+        elif opened >= self.most_open:
+            self.most_open = min(2 * self.most_open, MOST_OPEN)
 
     def _leaves(self, deadline: Deadline) -> bool:
         """Whether the node is being drained and another one has taken the sequence."""
