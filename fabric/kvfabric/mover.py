@@ -30,7 +30,7 @@ BURST_S = 1.0  # what a throttled move may catch up with
 class Mover:
     """See the module. Who wants a move calls `begin`, then `add` while it `wants`, then `close`."""
 
-    def __init__(self, cluster: sight.Cluster, now_s: float) -> None:
+    def __init__(self, cluster: sight.Cluster) -> None:
         self._cluster = cluster
         self._targets = Targets(cluster)
         self._loads = Loads()
@@ -38,7 +38,7 @@ class Mover:
         self._moves: dict[int, Move] = {}
         self._ended: deque[Move] = deque(maxlen=MAX_ENDED)
         self._move_numbers = itertools.count(1)
-        self._steps = Steps(cluster, self._loads, self._batches, now_s)
+        self._steps = Steps(cluster, self._loads, self._batches)
 
     # For those who want something moved
 

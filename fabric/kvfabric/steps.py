@@ -31,15 +31,11 @@ Where = dict[Key, set[NodeId]]
 class Steps:
     """See the module. Shares `loads` and `batches` with the mover that owns them."""
 
-    def __init__(
-        self, cluster: sight.Cluster, loads: Loads, batches: Batches, now_s: float
-    ) -> None:
+    def __init__(self, cluster: sight.Cluster, loads: Loads, batches: Batches) -> None:
         self._cluster = cluster
         self._loads = loads
         self._batches = batches
         self._numbers = itertools.count(1)
-        # Before, drops of a manager before this one may still be obeyed.
-        self._drops_from_s = now_s + DROP_LIFE_S
 
     # Copying
 
@@ -180,7 +176,7 @@ class Steps:
             why = f"{batch.source} keeps its own: claimed, pinned or leased there"
             self.fail(batch, batch.keys, why)
             self.over(batch, MoveState.FAILED)
-        elif safe and now_s >= max(batch.due_s, self._drops_from_s):
+        elif safe and now_s >= batch.due_s:
             self._drop(batch, safe, now_s)
 
     def _may_drop(self, batch: Batch, nodes: Iterable[NodeId]) -> bool:

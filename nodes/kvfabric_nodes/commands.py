@@ -59,6 +59,13 @@ class Commands:
             except FabricError as error:
                 log.warning("command_failed", kind=kind, command=command.id, why=str(error))
 
+    def registered(self) -> None:
+        """The node has registered, maybe with another manager: what waits is dropped no more.
+
+        Who wanted it may not know that it waits, and count on the replica.
+        """
+        self._dropping.clear()
+
     def tick(self, now_s: float) -> None:
         """Drops what nobody leases any more."""
         if not self._dropping:

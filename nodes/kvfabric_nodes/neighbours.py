@@ -110,6 +110,7 @@ class Neighbours:
             self.heartbeat.reports.loans = lending.loans
 
     def _registered(self, answer: control_pb2.RegisterResponse) -> None:
+        self.commands.registered()
         self.learn_peer_token(answer.peer_token)
         self.lending.me.incarnation = self._handler.metrics.incarnation
 

@@ -331,6 +331,7 @@ class SimulatedNode:
             self._rise(answer.known_incarnation + 1)
             return False
         self._epoch = max(self._epoch, answer.epoch)
+        self._commands.registered()
         return True
 
     def _rise(self, incarnation: int) -> None:

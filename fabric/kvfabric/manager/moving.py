@@ -27,7 +27,7 @@ class Moving:
     def __init__(self, cluster: Cluster, now_s: float) -> None:
         self.rules = Rules()
         self.heat = Heat()
-        self.mover = Mover(cluster, now_s)
+        self.mover = Mover(cluster)
         self.draining = Draining(cluster, self.mover, self.rules, self.heat, cluster.ledger)
         self.migrating = Migrating(cluster, self.mover)
         self.replicas = Replicas(cluster, self.mover, self.rules, self.heat, now_s)

@@ -257,6 +257,7 @@ class SmallFabric:
             self.streams += 1
             node.stream, node.sequence = self.streams, 0
             node.want_register, node.want_full = False, True
+            node.todo = [each for each in node.todo if not each[2].HasField("drop")]
         held = set(node.held)
         added = held if node.want_full else held - node.told
         removed = set() if node.want_full else node.told - held
