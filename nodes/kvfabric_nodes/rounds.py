@@ -16,7 +16,7 @@ ROUND_S = 5.0  # then what the manager said is too old
 CREDITORS = 64  # tried in one round
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
 class Offer:
     """A node that may lend, as last heard."""
 
