@@ -62,20 +62,29 @@ class Process:
     """A process that answers in lines of JSON on its stdout; its stderr goes to a file."""
 
     def __init__(
-        self, command: Sequence[str], log: Path, *, files: int = 0, failpoint: str = ""
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        files: int = 0,
+        failpoint: str = "",
+        host: str = "",
     ) -> None:
-        """`files`: its limit of open ones. `failpoint`: where it falls, see kvfabric.failpoints."""
+        """`files`: its limit of open ones. `failpoint`: where it falls, see kvfabric.failpoints.
+        `host`: the network namespace it runs in, and whose name its host has.
+        """
         self.log = log
         self.killed = False
+        network = ["ip", "netns", "exec", host] if host else []
         shell = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
         with log.open("ab") as err:
             self.popen = subprocess.Popen(
-                [*shell, sys.executable, *command],
+                [*network, *shell, sys.executable, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=err,
                 bufsize=0,
-                env={**os.environ, failpoints.ENVIRONMENT: failpoint},
+                env={**os.environ, failpoints.ENVIRONMENT: failpoint, "KVFABRIC_HOST_ID": host},
             )
 
     @property
@@ -221,7 +230,13 @@ class NodeProcess(Process):
     """`python -m kvfabric_nodes`."""
 
     def __init__(
-        self, name: str, folder: Path, *options: str, files: int = 0, failpoint: str = ""
+        self,
+        name: str,
+        folder: Path,
+        *options: str,
+        files: int = 0,
+        failpoint: str = "",
+        host: str = "",
     ) -> None:
         self.name = name
         self.folder = folder
@@ -229,7 +244,8 @@ class NodeProcess(Process):
         log = folder / f"{name}.log"
         # A killed node's keeper would stay, and its shards come back: only where that is tested.
         keeper = () if "--keeper" in options else ("--keeper", "false")
-        super().__init__([*command, *options, *keeper], log, files=files, failpoint=failpoint)
+        command = [*command, *options, *keeper]
+        super().__init__(command, log, files=files, failpoint=failpoint, host=host)
         self.line: dict[str, Any] = {}
         self.guests = 0  # sessions over gRPC: these end by silence alone...
         self.settles = True  # ... and with them what they hold
@@ -292,10 +308,12 @@ class NodeProcess(Process):
 class ManagerProcess(Process):
     """`python -m kvfabric.manager`, on a store that outlives it."""
 
-    def __init__(self, folder: Path, listen: str, *options: str, failpoint: str = "") -> None:
+    def __init__(
+        self, folder: Path, listen: str, *options: str, failpoint: str = "", host: str = ""
+    ) -> None:
         store = f"sqlite:{folder / 'manager.db'}"
         command = ["-m", "kvfabric.manager", "--listen", listen, "--store", store, *options]
-        super().__init__(command, folder / "manager.log", failpoint=failpoint)
+        super().__init__(command, folder / "manager.log", failpoint=failpoint, host=host)
         self.address: str = self.read(START_TIMEOUT_S)["manager"]
 
 

@@ -67,6 +67,9 @@ class Lenders:
         self.nodes: dict[str, NodeProcess] = {}
         self.clients: list[Client] = []
         self.patience_s = PATIENCE_S
+        # Where they run, by name ("": the manager), if not here: namespace and address.
+        self.hosts: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}
         self._processes = processes
         self._options: tuple[str, ...] = QUICK
         self.manager: ManagerProcess
@@ -77,14 +80,17 @@ class Lenders:
         """
         if store:
             self._options = (*QUICK, "--store", store)
-        self.start_manager("127.0.0.1:0", failpoints.get("manager", ""))
+        listen = f"{self.addresses.get('', '127.0.0.1')}:0"
+        self.start_manager(listen, failpoints.get("manager", ""))
         for name in MEMORY:
             self.start_node(name, failpoints.get(name, ""))
         until(lambda: len(self.alive()) == len(MEMORY), "all nodes are known")
         return self
 
     def start_manager(self, listen: str, failpoint: str = "") -> None:
-        self.manager = ManagerProcess(self.folder, listen, *self._options, failpoint=failpoint)
+        self.manager = ManagerProcess(
+            self.folder, listen, *self._options, failpoint=failpoint, host=self.hosts.get("", "")
+        )
         self._processes.append(self.manager)
 
     def start_node(self, name: str, failpoint: str = "") -> NodeProcess:
@@ -93,7 +99,12 @@ class Lenders:
             *("--loan-s", str(self.patience_s), "--recall-s", str(self.patience_s)),
         )
         lends = () if name == "home" else ("--lend", MEMORY[name])
-        node = NodeProcess(name, self.folder, *options, *lends, failpoint=failpoint)
+        if address := self.addresses.get(name):
+            options += tuple(
+                word for each in ("--tcp", "--grpc", "--metrics") for word in (each, f"{address}:0")
+            )
+        host = self.hosts.get(name, "")
+        node = NodeProcess(name, self.folder, *options, *lends, failpoint=failpoint, host=host)
         self._processes.append(node)
         self.nodes[name] = node
         return node.serve()
