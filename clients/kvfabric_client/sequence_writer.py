@@ -35,6 +35,7 @@ KNOWN_WAIT_S = 3.0  # several heartbeats
 KNOWN_LOOK_S = 0.02
 STAY_S = 5.0  # before a node that is being drained is tried to be left again
 MOST_OPEN = 1024
+GRANTS_TO_GROW = 16
 MAX_MOVES = 3  # to other nodes, within one call
 
 
@@ -51,6 +52,7 @@ class Writer:
         self.home = home
         self.unsure = False  # the last call's answer is not known
         self.most_open = MOST_OPEN  # blocks that the node had room for at once, lately
+        self.granted = 0  # how often it had room for that many since
         self.stays_until_s = 0.0  # there was no other node to go to
 
     # Being ready --------------------------------------------------------------------
@@ -250,9 +252,11 @@ class Writer:
         on other nodes until its time was over."""
         opened = len(self.home.tails)
         if opened < wanted:
-            self.most_open = max(1, opened)
+            self.most_open, self.granted = max(1, opened), 0
         elif opened >= self.most_open:
-            self.most_open = min(2 * self.most_open, MOST_OPEN)
+            self.granted += 1
+            if self.granted >= GRANTS_TO_GROW:
+                self.most_open, self.granted = min(2 * self.most_open, MOST_OPEN), 0
 
     def _leaves(self, deadline: Deadline) -> bool:
         """Whether the node is being drained and another one has taken the sequence."""
