@@ -344,7 +344,8 @@ class NodeCore:
             expires_s=now_s + copied.ttl_s if copied.ttl_s else None,
         )
         self.tally.commits += 1
-        self.hold(shard, "committed", f"by {shard.owner}", now_s)
+        what, why = ("copied", copied.why) if copied.why else ("committed", f"by {shard.owner}")
+        self.hold(shard, what, why, now_s)
         return Grant(Status.OK, extent)
 
     def hold(self, shard: Shard, what: str, why: str, now_s: float) -> None:

@@ -81,6 +81,7 @@ class Copied:
     owner: str
     layers: int  # 0: it was written without checksums
     ttl_s: float  # what is left; 0: until evicted
+    why: str = ""  # from where, and what for
 
 
 @dataclass(frozen=True, slots=True)

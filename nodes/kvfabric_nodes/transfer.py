@@ -108,7 +108,7 @@ class Landing:
 
     def reserve(self, batch: Batch, keys: Sequence[Key], header: Header, result: Result) -> None:
         """Room for as much as one batch may bring; what has none gets its verdict."""
-        wanted = _described(keys, header, result)
+        wanted = _described(batch, keys, header, result)
         left_bytes = batch.throttle.batch_bytes
         for count, (_, size_bytes, *_) in enumerate(wanted):
             left_bytes -= size_bytes
@@ -212,6 +212,8 @@ class Landing:
             if grant.status is Status.OK:
                 result.verdicts[arrival.key] = Outcome.COPIED
                 result.size_bytes += len(arrival.view)
+            elif grant.status is Status.EXISTS:
+                result.verdicts[arrival.key] = Outcome.HELD
             else:
                 result.why = grant.reason
         return damaged
@@ -321,11 +323,13 @@ def transfer_s(batch: Batch, size_bytes: int) -> float:
 Wanted = tuple[Key, int, "Key | None", Copied, "list[int]"]  # size, parent, checksums
 
 
-def _described(keys: Sequence[Key], header: Header, result: Result) -> list[Wanted]:
+def _described(batch: Batch, keys: Sequence[Key], header: Header, result: Result) -> list[Wanted]:
     """What the source has of these, as it says. Refused where its columns do not fit."""
     columns = (header.statuses, header.size_bytes, header.layers, header.parents, header.owners)
     if any(len(column) != len(keys) for column in (*columns, header.ttl_ms)):
         raise Refused("the source does not say what a replica has to know; bring it up to date")
+    order = batch.order
+    why = f"from {order.source}: {order.why}" if order.why else f"from {order.source}"
     wanted: list[Wanted] = []
     start = 0
     for index, key in enumerate(keys):
@@ -336,7 +340,7 @@ def _described(keys: Sequence[Key], header: Header, result: Result) -> list[Want
         count = len(checksums.parts(size_bytes, layers)) if layers else 0
         expected = list(header.checksums[start : start + count])
         start += count
-        copied = Copied(header.owners[index], layers, header.ttl_ms[index] / 1000)
+        copied = Copied(header.owners[index], layers, header.ttl_ms[index] / 1000, why)
         parent = header.parents[index]
         wanted.append((key, size_bytes, Key(parent) if parent else None, copied, expected))
     return wanted

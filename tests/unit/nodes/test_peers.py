@@ -473,6 +473,24 @@ def holds(node: Node, keys: list[Key]) -> list[bool]:
     return [core_of(node).shards.get(SPACE_ID, each) is not None for each in keys]
 
 
+def story_of(node: Node, number: int) -> list[tuple[str, str]]:
+    decisions = core_of(node).story.tell(frozenset({SPACE_ID}), KEYS[number])
+    return [(decision.what, decision.why) for decision in decisions]
+
+
+def test_a_shards_story_tells_from_where_it_came_and_why_it_went(
+    source: Node, target: Node
+) -> None:
+    put(source, KEYS[:1])
+    obey(target, pull=pull_command(source, KEYS[:1]))
+    wait_for(lambda: holds(target, KEYS[:1])[0])
+    obey(target, drop=drop_command(KEYS[:1]))
+    assert story_of(target, 0) == [
+        ("copied", "from source: as the test says"),
+        ("moved", "as the test says"),
+    ]
+
+
 def test_a_pull_that_is_commanded_again_and_again_is_one(source: Node, target: Node) -> None:
     put(source, KEYS)
     for epoch in (1, 1, 2):
