@@ -94,7 +94,7 @@ class Lenders:
         self._processes.append(self.manager)
 
     def start_node(self, name: str, failpoint: str = "") -> NodeProcess:
-        options = (
+        options: tuple[str, ...] = (
             *("--manager", self.manager.address, "--memory", MEMORY[name]),
             *("--loan-s", str(self.patience_s), "--recall-s", str(self.patience_s)),
         )
@@ -205,7 +205,7 @@ class Growth:
 
     def _grow(self, end_s: float) -> None:
         while self.sequence.length < self.tokens and not self._stopping.is_set():
-            assert time.monotonic() < end_s, f"does not grow: {self.failures[-3:]}"
+            assert time.monotonic() < end_s, f"does not grow: {self.failures[-1:]}"
             start = self.sequence.length
             end = min(start + 2 * BLOCK_TOKENS, self.tokens)
             try:
