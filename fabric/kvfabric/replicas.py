@@ -23,7 +23,6 @@ from kvfabric.types import DIGEST_BYTES, Key, NamespaceId, NodeId
 
 MAX_FRESH = 65_536  # shards that have just come and are still to be looked at
 FRESH_KEYS = 4096  # of them looked at in one round
-SETTLE_S = 15.0  # after a manager's start; before, nodes have not all told what they hold
 SCAN_S = 1.0  # between two slices of the walk over all shards
 SCAN_KEYS = 65_536
 ALARM_S = 600.0  # after a loss, or a change of policy, so long colder cache may go
@@ -43,9 +42,10 @@ class Replicas:
     """See the module."""
 
     def __init__(
-        self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat, now_s: float
+        self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat, begin_s: float
     ) -> None:
-        self._begin_s = now_s + SETTLE_S
+        """Nothing is done before `begin_s`, when nodes have told a new manager what they hold."""
+        self._begin_s = begin_s
         self._cluster = cluster
         self._mover = mover
         self._rules = rules

@@ -51,7 +51,7 @@ class ManagerCore:
         self.lending = Lending(self.cluster)
         self.planning = Planning(self.cluster)
         repaying = Repaying(self.cluster, self.planning.waiting)
-        self.moving = Moving(self.cluster, now_s)
+        self.moving = Moving(self.cluster, silence_s, now_s)
         self._parts: list[Part] = [self.lending, self.planning, repaying, self.moving]
         # What a node said it holds, where its last message was to be believed as it is.
         self._claims: dict[NodeId, Inventory] = {}

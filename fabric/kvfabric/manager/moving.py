@@ -20,17 +20,21 @@ from kvfabric.policies import Rules
 from kvfabric.replicas import Replicas
 from kvfabric.types import Key, NamespaceId, NodeId
 
+# How many silences after its start a manager has surely heard every node that lives.
+SETTLE_SILENCES = 2.0
+
 
 class Moving:
     """See the module. A part of the core."""
 
-    def __init__(self, cluster: Cluster, now_s: float) -> None:
+    def __init__(self, cluster: Cluster, silence_s: float, now_s: float) -> None:
         self.rules = Rules()
         self.heat = Heat()
         self.mover = Mover(cluster)
         self.draining = Draining(cluster, self.mover, self.rules, self.heat, cluster.ledger)
         self.migrating = Migrating(cluster, self.mover)
-        self.replicas = Replicas(cluster, self.mover, self.rules, self.heat, now_s)
+        begin_s = now_s + SETTLE_SILENCES * silence_s
+        self.replicas = Replicas(cluster, self.mover, self.rules, self.heat, begin_s)
         self.pinning = Pinning(cluster, self.rules)
         self._filling = Filling(cluster, self.mover, self.rules, self.heat)
         self._now_s = now_s

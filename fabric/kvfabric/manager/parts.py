@@ -7,7 +7,7 @@ reads what all know of the cluster, and acts by posting commands only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvfabric.directory import Directory
 from kvfabric.ledger import Ledger
@@ -40,8 +40,12 @@ class Cluster:
         """Post a command and remember it with its reason. Returns its id, 0: no room."""
         number = self.orders.post(node, command)
         if number:
-            what = f"told to {(command.WhichOneof('what') or '').replace('_', ' ')}"
-            self.note(node, what, command.why, now_s)
+            kind = command.WhichOneof("what") or ""
+            what = f"told to {kind.replace('_', ' ')}"
+            meant: Any = getattr(command, kind)
+            keys: bytes = getattr(meant, "keys", b"")
+            namespace = NamespaceId(meant.namespace_id) if keys else None
+            self.note(node, what, command.why, now_s, namespace, keys)
         return number
 
     def note(

@@ -118,6 +118,7 @@ class SmallFabric:
         self.given_up: set[Subject] = set()
         self.evicted: set[Subject] = set()
         self.most_in_flight = 0
+        self.steps = 0
 
     # What there is
 
@@ -184,7 +185,10 @@ class SmallFabric:
                 if not node.cut_off:
                     self.beat(node)
         self.core.tick(self.now_s)
-        self.core.check()
+        self.steps += 1
+        if self.steps % 8 == 0:  # it reads every key
+            self.core.check()
+        self.core.moving.check()
         in_flight = sum(self.core.moving.mover.phases(move)[1] for move in self.moves())
         self.most_in_flight = max(self.most_in_flight, in_flight)
 
