@@ -2,5 +2,6 @@
 
 `process` is the small process that holds the segments and a table of records; it knows
 nothing of either. `client` talks to it, `records` says what the records mean, `adoption`
-rebuilds a core from them, and `keeping` ties all that to a running node.
+rebuilds a core from them, `restoring` does so at a node's start, and `keeping` tells the
+keeper what changes while the node runs.
 """
