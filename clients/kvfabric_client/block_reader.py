@@ -6,7 +6,7 @@ it drops, so that one of the places has it. What is nowhere is a miss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 log = guest_logger(__name__)
 
+REPLICAS = 2  # of those that the directory knows, how many are asked in a round
 ROUNDS = 2  # how often the places of what was not found are asked for
 STREAM_BYTES = 8 << 20  # of blocks on their way over the wire before they are taken apart
+
+Ask = Callable[[Sequence[int]], dict[str, list[int]]]
+"""Where some blocks may be: their indices by a node's address."""
 
 Deliver = Callable[[int, Bytes], None]
 """Takes what it needs of the block of a key's index. The bytes are its own until it returns."""
@@ -67,20 +71,21 @@ class Reader:
 
         What was delivered of a block that is then answered as missing is worth nothing.
         """
-        home = self.home.address
-        missing = self._at(home, keys, range(len(keys)), deliver, deadline, verify=verify)
-        for number in range(ROUNDS):
-            if not missing:
-                break
-            if number:
-                missing = self._at(home, keys, missing, deliver, deadline, verify=verify)
-            for address, indices in self._named(blocks, keys, missing, deadline).items():
-                still = self._at(address, keys, indices, deliver, deadline, verify=verify)
-                missing = _without(missing, indices, still)
-            for address, indices in self._elsewhere(keys, missing, deadline).items():
-                still = self._at(address, keys, indices, deliver, deadline, verify=verify)
-                missing = _without(missing, indices, still)
-        return missing
+        missing: Sequence[int] = range(len(keys))
+        for _ in range(ROUNDS):
+            tried: dict[int, set[str]] = {}  # by index, in this round
+            named = partial(self._named, blocks, keys, deadline)
+            directory = partial(self._elsewhere, keys, deadline, tried)
+            asks: list[Ask] = [self._home, named, *[directory] * REPLICAS]
+            for ask in asks:
+                if not missing:
+                    return []
+                for address, indices in ask(missing).items():
+                    for index in indices:
+                        tried.setdefault(index, set()).add(address)
+                    still = self._at(address, keys, indices, deliver, deadline, verify=verify)
+                    missing = _without(missing, indices, still)
+        return list(missing)
 
     def fetch(
         self, blocks: Sequence[int], keys: Sequence[Key], deadline: Deadline
@@ -95,17 +100,18 @@ class Reader:
             copies[index] = None
         return copies
 
+    def _home(self, missing: Sequence[int]) -> dict[str, list[int]]:
+        return {self.home.address: list(missing)}
+
     def _named(
         self,
         blocks: Sequence[int],
         keys: Sequence[Key],
-        missing: Sequence[int],
         deadline: Deadline,
+        missing: Sequence[int],
     ) -> dict[str, list[int]]:
         """Addresses of the nodes that the home node names for these blocks."""
         found: dict[str, list[int]] = {}
-        if not missing:
-            return found
         try:
             said = self.home.describe(deadline, range(blocks[missing[0]], blocks[missing[-1]] + 1))
         except (Retry, Refused, Conflict) as error:
@@ -122,13 +128,19 @@ class Reader:
         return found
 
     def _elsewhere(
-        self, keys: Sequence[Key], missing: Sequence[int], deadline: Deadline
+        self,
+        keys: Sequence[Key],
+        deadline: Deadline,
+        tried: Mapping[int, set[str]],
+        missing: Sequence[int],
     ) -> dict[str, list[int]]:
         """Addresses of the nodes that the directory names for these blocks."""
         found: dict[str, list[int]] = {}
         for start in range(0, len(missing), BATCH_KEYS):
             some = missing[start : start + BATCH_KEYS]
-            named = self.room.client.elsewhere(self.room.id, [keys[i] for i in some], deadline)
+            vain = [tried.get(index, set()) for index in some]
+            wanted = [keys[index] for index in some]
+            named = self.room.client.elsewhere(self.room.id, wanted, deadline, vain)
             for address, positions in named.items():
                 found.setdefault(address, []).extend(some[p] for p in positions)
         return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvfabric_client
 from kvfabric_client import Sequence
+from kvfabric_client.sequence_home import Description
 from kvfabric_nodes.node import Node
 
 from .conftest import address
@@ -45,6 +48,28 @@ def test_it_is_read_from_wherever_its_blocks_lie(grown: Sequence) -> None:
         assert np.array_equal(np.concatenate(parts, axis=3), FLOATS[..., :64, :])
     for tokens, part in grown.chunks(max_bytes=1 << 20):
         assert np.array_equal(part, FLOATS[..., tokens.start : tokens.stop, :])
+
+
+def test_a_block_that_has_moved_meanwhile_is_found_by_the_directory(
+    grown: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, reader = grown.writer.home, grown.writer.room.client
+    true = home.describe
+
+    def stale(*given: Any) -> Description:
+        said: Description = true(*given)
+        return replace(said, nodes=["home"] * len(said.nodes))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(home, "describe", stale)
+        assert eventually(lambda: grown.read_into(np.empty_like(FLOATS)) == [])
+        assert np.array_equal(grown.read(), FLOATS)
+        patched.setattr(reader, "elsewhere", lambda *_: {})
+        missing = grown.read_into(np.empty_like(FLOATS))
+        lent = true(grown.writer.room.client.deadline(5)).nodes.count("creditor")
+        assert sum(map(len, missing)) == lent * FORM.block_tokens
+        patched.setattr(home, "describe", true)
+        assert np.array_equal(grown.read(), FLOATS)
 
 
 def test_a_fork_shares_what_is_lent_and_a_cut_brings_its_block_home(grown: Sequence) -> None:
