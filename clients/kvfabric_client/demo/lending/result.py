@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_client.cli.common import size
+from kvfabric_client.texts import size
 
 
 @dataclass(frozen=True, slots=True)

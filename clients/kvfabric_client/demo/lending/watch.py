@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_client.cli.common import size
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.manager import Manager
+from kvfabric_client.texts import size
 
 LOOK_S = 0.25
 CALL_S = 2.0
