@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvfabric.types import Key
 from kvfabric_nodes.handler import Handler
+from kvfabric_nodes.landing import Landing, Result
 from kvfabric_nodes.peers import Peers
 from kvfabric_nodes.pulls import Batch, Outcome, Pulled, PullLimits, PullOrder, Pulls
-from kvfabric_nodes.transfer import Landing, OnCore, Result, Transfer
+from kvfabric_nodes.transfer import OnCore, Transfer
 
 MEASURED_BYTES = 4 << 20  # a smaller transfer says little about a link's rate
 
@@ -109,9 +110,7 @@ class Puller:
         self._running.add(running)
         running.add_done_callback(lambda done: self._ended(batch, held, done))
 
-    def _ended(
-        self, batch: Batch, held: dict[Key, Outcome], done: asyncio.Future[Result]
-    ) -> None:
+    def _ended(self, batch: Batch, held: dict[Key, Outcome], done: asyncio.Future[Result]) -> None:
         self._running.discard(done)
         result = done.result()
         self.pulls.ended(
