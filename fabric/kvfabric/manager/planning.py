@@ -10,33 +10,23 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvfabric import planner
-from kvfabric.demand import UNKNOWN, Contexts, Decision, Instances, Ints, Rules
+from kvfabric.demand import Decision, Rules
 from kvfabric.errors import Broken
 from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
-from kvfabric.manager.outlook import Outlook
+from kvfabric.manager.outlook import Outlook, Told
 from kvfabric.manager.parts import Cluster
+from kvfabric.manager.wants import Demand, Want
 from kvfabric.membership import Member, NodeState
 from kvfabric.rpc.v1.control_pb2 import Command
-from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 PLAN_S = 1.0  # between two plans
 HOLD_S = 15.0  # a debtor gets no new plan until the last is seen, but for no longer
 SEEN_SHARE = 0.9  # of what was planned; then it is taken to be done
 MAX_PLANS = 512  # remembered
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """All that a plan is made from."""
-
-    instances: Instances
-    contexts: Contexts
-    rates: dict[tuple[int, int], float]
+_IDLE = Outlook()  # of a node that told of no engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +64,14 @@ class Planning:
     def heard(self, member: Member, event: Heartbeat, now_s: float) -> None:
         if event.steps is None and event.sequences is None:
             return
-        outlook = self._outlooks.setdefault(event.node, Outlook())
+        outlook = self._outlooks.get(event.node)
+        if outlook is None:
+            outlook = self._outlooks[event.node] = Outlook()
         if event.steps is not None:
             outlook.take_steps(event.steps, now_s)
         if event.sequences is not None:
-            outlook.take_sequences(event.sequences)
-            self._look_at(event.node, outlook)
+            outlook.told = Told(event.sequences)
+            self._look_at(event.node, outlook.told)
 
     def lost(self, node: NodeId, now_s: float) -> None:
         self._outlooks.pop(node, None)
@@ -119,13 +111,10 @@ class Planning:
         return True
 
     def demand(self, now_s: float) -> Demand | None:
-        """What is known of all nodes now, in arrays of its own; None where nobody is in need."""
+        """What is known of all nodes now; None where nobody is in need."""
         members = [each for each in self._cluster.members if each.state is not NodeState.LOST]
-        outlooks = [self._outlooks.get(each.node) or Outlook() for each in members]
+        outlooks = [self._outlooks.get(each.node) or _IDLE for each in members]
         if not self._anybody_in_need(members, outlooks):
-            return None
-        contexts = self._contexts(members, outlooks)
-        if not len(contexts.instance):
             return None
         numbers = {member.node: index for index, member in enumerate(members)}
         rates = {
@@ -133,7 +122,19 @@ class Planning:
             for sender, receiver, rate in self._cluster.links.known()
             if sender in numbers and receiver in numbers
         }
-        return Demand(self._instances(members, outlooks), contexts, rates)
+        wants = [
+            Want(
+                self._cluster.candidate(member),
+                outlook.fit.model,
+                outlook.batch,
+                outlook.waiting,
+                outlook.attended,
+                outlook.told,
+                member.node in self._holds,
+            )
+            for member, outlook in zip(members, outlooks, strict=True)
+        ]
+        return Demand(wants, rates)
 
     @property
     def rules(self) -> Rules:
@@ -169,7 +170,7 @@ class Planning:
 
     def _anybody_in_need(self, members: list[Member], outlooks: list[Outlook]) -> bool:
         for member, outlook in zip(members, outlooks, strict=True):
-            if not len(outlook.sequence) or member.node in self._holds:
+            if not len(outlook.told) or member.node in self._holds:
                 continue
             tier = sites.memory(member)
             room = tier.free_bytes + sites.evictable_bytes(tier)
@@ -177,72 +178,21 @@ class Planning:
                 return True
         return False
 
-    def _instances(self, members: list[Member], outlooks: list[Outlook]) -> Instances:
-        nodes = [member.node for member in members]
-        where = [site(member) for member in members]
-        candidates = self._cluster.candidates()
-        models = [outlook.fit.model for outlook in outlooks]
-        return Instances(
-            nodes,
-            _numbered([each.host for each in where]),
-            _numbered([f"{each.zone}/{each.rack}" if each.rack else "" for each in where]),
-            _numbered([each.zone for each in where]),
-            capacity_bytes=np.array([float(each.capacity_bytes) for each in candidates]),
-            room_bytes=np.array([float(each.room_bytes) for each in candidates]),
-            lendable_bytes=np.array([float(each.lendable_bytes) for each in candidates]),
-            borrowed_bytes=np.array(
-                [float(each.borrowed_bytes or each.site.node in self._holds) for each in candidates]
-            ),
-            draining=np.array([each.draining for each in candidates], dtype=bool),
-            batch=np.array([float(each.batch) for each in outlooks]),
-            waiting=np.array([float(each.waiting) for each in outlooks]),
-            tokens=np.array([each.attended for each in outlooks]),
-            step_s=np.array([each.step_s for each in models]),
-            request_s=np.array([each.request_s for each in models]),
-            token_s=np.array([each.token_s for each in models]),
-        )
-
-    def _contexts(self, members: list[Member], outlooks: list[Outlook]) -> Contexts:
-        """The sequences of nodes that may be debtors: no plan for them is under way."""
-        wanted = [
-            (index, outlook)
-            for index, (member, outlook) in enumerate(zip(members, outlooks, strict=True))
-            if len(outlook.sequence) and member.node not in self._holds
-        ]
-        counts = [len(outlook.sequence) for _, outlook in wanted]
-        return Contexts(
-            np.repeat(np.array([index for index, _ in wanted], dtype=np.int64), counts),
-            np.concatenate([np.zeros(0, np.uint64), *(each.sequence for _, each in wanted)]),
-            np.concatenate([np.zeros(0), *(each.tokens for _, each in wanted)]),
-            np.concatenate([np.zeros(0), *(each.local_bytes for _, each in wanted)]),
-            np.concatenate([np.zeros(0), *(each.remote_bytes for _, each in wanted)]),
-            np.concatenate([np.zeros(0), *(each.block_bytes for _, each in wanted)]),
-        )
-
     def _hold(self, decision: Decision, now_s: float) -> None:
         hold = self._holds.setdefault(decision.debtor, _Hold(now_s, {}))
         outlook = self._outlooks.get(decision.debtor)
-        before = (outlook.remote_of(decision.sequence) if outlook else None) or 0.0
+        before = (outlook.told.remote_of(decision.sequence) if outlook else None) or 0
         hold.until_s = now_s + HOLD_S
         hold.awaited[decision.sequence] = before + SEEN_SHARE * decision.size_bytes
 
-    def _look_at(self, node: NodeId, outlook: Outlook) -> None:
+    def _look_at(self, node: NodeId, told: Told) -> None:
         """Whether what a debtor was told can be seen to be done, or its sequence is over."""
         hold = self._holds.get(node)
         if hold is None:
             return
         for sequence, awaited in list(hold.awaited.items()):
-            remote = outlook.remote_of(sequence)
+            remote = told.remote_of(sequence)
             if remote is None or remote >= awaited:
                 del hold.awaited[sequence]
         if not hold.awaited:
             del self._holds[node]
-
-
-def _numbered(names: list[str]) -> Ints:
-    """Equal names get equal numbers, empty ones UNKNOWN."""
-    numbers: dict[str, int] = {}
-    return np.array(
-        [numbers.setdefault(name, len(numbers)) if name else UNKNOWN for name in names],
-        dtype=np.int64,
-    )
