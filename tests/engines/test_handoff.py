@@ -80,6 +80,14 @@ def test_what_one_engine_has_prefilled_another_decodes_at_once(
     # Without being asked an engine hands nothing off.
     assert decode.ask(context)[0].transfer is None
 
+    # The node that was named dies before it is asked: what it had is computed.
+    last = prompt(700, 10)
+    given, expected = prefill.hand(PREFILL, last, max_tokens=1).transfer, prefill.ask(last)[0]
+    assert given is not None
+    there.kill()
+    assert decode.hand(given, last).tokens == expected.tokens
+    assert decode.loaded() == loaded
+
 
 def _is_known(here: MemoryNode, engine: Engine, context: list[int]) -> bool:
     """Whether the decoder's node, or the manager it asks, has heard of the prompt's blocks."""
