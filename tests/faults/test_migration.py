@@ -24,6 +24,7 @@ from tests.faults.conftest import (
     key_of,
     until,
 )
+from tests.faults.loans.conftest import BLOCK_TOKENS, Growth, ids, kv
 
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Key, Status
@@ -229,6 +230,36 @@ def test_a_drain_that_cannot_end_says_why_and_goes_on(
     status, lines, _ = kvfabric("drain", "n0", "--timeout", "50")
 
     assert (status, lines[-1]["empty"]) == (0, True)
+
+
+class SlowGrowth(Growth):
+    """A block at a time, until it is stopped."""
+
+    def _grow(self, end_s: float) -> None:
+        while not self._stopping.wait(0.02):
+            start = self.sequence.length
+            end = start + BLOCK_TOKENS
+            self.sequence.append(ids(start, end), kv(start, end), timeout_s=ANSWER_TIMEOUT_S)
+
+
+def test_a_sequence_grows_on_while_its_home_is_drained(
+    nodes: list[NodeProcess], control: Manager, kvfabric: Run
+) -> None:
+    growth = SlowGrowth(nodes[0].client())
+    try:
+        until(lambda: growth.sequence.sealed >= 40 * BLOCK_TOKENS, "it grows")
+        assert growth.sequence.node == "n0"
+        status, lines, err = kvfabric("drain", "n0", "--timeout", "50")
+        assert (status, err) == (0, ""), lines
+        assert nodes[0].tier().held_bytes == 0
+        drained_at = growth.sequence.length
+        until(lambda: growth.sequence.length > drained_at + 4 * BLOCK_TOKENS, "it grows on")
+        growth.stop()
+        assert growth.sequence.node != "n0"
+        assert growth.missing() == 0
+    finally:
+        growth.stop()
+        growth.close()
 
 
 def test_a_node_that_is_drained_takes_nothing_new_until_that_is_called_off(
