@@ -160,7 +160,7 @@ class Sequence(SequenceReads):
 
     def move(self, *, timeout_s: float | None = None) -> str:
         """Seals what is open and goes on at another node; answers its name. The blocks stay
-        where they are. Done by itself where the home node has no room and is being drained."""
+        where they are. Done by itself where the home node is being drained."""
         with self._writing(timeout_s) as (writer, deadline):
             writer.ready(deadline)
             writer.move(deadline)
@@ -186,8 +186,11 @@ class Sequence(SequenceReads):
         try:
             if self.closed:
                 return False
+            deadline = Deadline.after(RENEW_TIMEOUT_S)
             if not self.writer.unsure:
-                self.writer.home.renew(self.length, Deadline.after(RENEW_TIMEOUT_S))
+                self.writer.home.renew(self.length, deadline)
+                if not self._tentative:  # which end with their node
+                    self.writer.leaves(deadline)  # also one that nobody writes to
             return True
         except (Refused, Conflict):
             return True  # the next write finds out and says so

@@ -239,7 +239,7 @@ class Writer:
             some = min(self.most_open, max(1, OPEN_BYTES // self.shape.size_bytes))
             wanted = min(wanted, self.outline.blocks_for(at + 1) + some - 1)
         if len(self.home.tails) < wanted:
-            if self._leaves(deadline):
+            if self.leaves(deadline):
                 return at
             reason = self.certainly(lambda: self.home.extend(wanted, deadline))
             self._learn_room(wanted)
@@ -258,10 +258,10 @@ class Writer:
             if self.granted >= GRANTS_TO_GROW:
                 self.most_open, self.granted = min(2 * self.most_open, MOST_OPEN), 0
 
-    def _leaves(self, deadline: Deadline) -> bool:
+    def leaves(self, deadline: Deadline) -> bool:
         """Whether the node is being drained and another one has taken the sequence."""
         now_s = time.monotonic()
-        if now_s < self.stays_until_s or not self.room.client.is_draining(self.home.node, deadline):
+        if self.tentative or not self.home.draining or now_s < self.stays_until_s:
             return False
         try:
             self.move(deadline)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.faults.conftest import (
     ANSWER_TIMEOUT_S,
@@ -24,7 +25,7 @@ from tests.faults.conftest import (
     key_of,
     until,
 )
-from tests.faults.loans.conftest import BLOCK_TOKENS, Growth, ids, kv
+from tests.faults.loans.conftest import BLOCK_TOKENS, FORMAT, Growth, ids, kv
 
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Key, Status
@@ -260,6 +261,26 @@ def test_a_sequence_grows_on_while_its_home_is_drained(
     finally:
         growth.stop()
         growth.close()
+
+
+def test_a_sequence_that_nobody_writes_to_leaves_a_drained_node_too(
+    nodes: list[NodeProcess], kvfabric: Run
+) -> None:
+    tokens = 10 * BLOCK_TOKENS + 5
+    with (
+        nodes[0].client() as client,
+        client.open(SPACE).sequence(FORMAT, idle_s=3.0) as sequence,
+    ):
+        sequence.append(ids(0, tokens), kv(0, tokens))
+        assert sequence.node == "n0"
+
+        status, lines, _ = kvfabric("drain", "n0", "--timeout", "50")
+
+        assert (status, lines[-1]["empty"]) == (0, True)
+        assert sequence.node != "n0"
+        read = np.zeros_like(kv(0, tokens))
+        assert sequence.read_into(read, 0, tokens) == []
+        assert np.array_equal(read, kv(0, tokens))
 
 
 def test_a_node_that_is_drained_takes_nothing_new_until_that_is_called_off(
