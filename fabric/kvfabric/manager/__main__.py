@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from kvfabric import logs
+from kvfabric import garbage, logs
 from kvfabric.errors import FabricError
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FabricError, ValidationError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    garbage.collect_seldom()
     ready = {
         "manager": server.address,
         "metrics": server.metrics_address,

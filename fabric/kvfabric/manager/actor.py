@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvfabric import logs
+from kvfabric import garbage, logs
 from kvfabric.manager.fleet import (
     ACTOR_CALL_RETRIES,
     NODE_ACTOR_CLASS,
@@ -64,6 +64,7 @@ class ManagerActor:
             logger.exception("the gManager could not start again; it keeps trying")
             time.sleep(ROUND_S)
             os._exit(1)
+        garbage.collect_seldom()
         self._fleet = Fleet(nodes)
         self._fleet.start()
         threading.Thread(target=self._end_if_fenced, name="fenced", daemon=True).start()
