@@ -27,7 +27,8 @@ from kvfabric_nodes.terms import Identity, Terms
 
 PENDING_S = 120.0  # what is not held and seen by then is not lent
 RECLAIM_S = 60.0  # shards that a creditor has, under a loan that ended, are asked for so long
-UNANSWERED = 3  # calls; then another creditor is asked
+UNANSWERED = 3  # calls, where there is nobody else to ask
+SHY_S = 30.0  # who did not answer is asked after all others for so long
 RETRY_S = 1.0  # between calls that nobody answers
 
 
@@ -52,6 +53,7 @@ class Borrower:
         self._rooms = rooms
         self._book = book
         self._lent_out = lent_out
+        self._shy_until_s: dict[str, float] = {}
         self._renewals = Renewals(me, terms, post, book, self.void)
         core.on_sealed.append(self._sealed)
         core.on_dropped.append(self._dropped)
@@ -82,6 +84,13 @@ class Borrower:
         self._book.add(debt)
         self._ask(debt, now_s)
         return debt
+
+    def shy(self, now_s: float) -> set[str]:
+        """Nodes that did not answer lately."""
+        for node, until_s in list(self._shy_until_s.items()):
+            if until_s <= now_s:
+                del self._shy_until_s[node]
+        return set(self._shy_until_s)
 
     def peer_lost(self, node: str, incarnation: int, now_s: float) -> None:
         for debt in [d for d in self._book.debts.values() if d.creditor == node]:
@@ -183,6 +192,7 @@ class Borrower:
             self.void(debt, f"{debt.creditor} was started anew", now_s)
             return
         debt.unanswered = 0
+        self._shy_until_s.pop(debt.creditor, None)
         debt.doubtful = False
         version = debt.version
         lent = {Status(s) for s in answer.statuses} & {Status.OK, Status.EXISTS}
@@ -317,8 +327,13 @@ class Borrower:
         debt.unanswered += 1
         debt.next_s = now_s + RETRY_S
         if debt.state is LoanState.REQUESTED:
-            patient = now_s < debt.begun_s + RECLAIM_S if debt.reclaims else False
-            if debt.unanswered >= UNANSWERED and not patient:
+            self._shy_until_s[debt.creditor] = now_s + SHY_S
+            if debt.reclaims:  # nobody else can have them
+                hopeless = now_s >= debt.begun_s + RECLAIM_S
+            else:
+                others = debt.search is not None and debt.search.has_others(debt.creditor)
+                hopeless = others or debt.unanswered >= UNANSWERED
+            if hopeless:
                 self._abandon(debt, why, now_s)
         self._book.wake(debt)
 

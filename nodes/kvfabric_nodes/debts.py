@@ -81,7 +81,7 @@ class Debt:
     doubtful: bool = False  # the creditor counts otherwise: ask it key by key
     calling: bool = False  # one question at a time
     looked: bool = False  # the last one was for the directory
-    unanswered: int = 0  # in a row
+    unanswered: int = 0  # calls, in a row
     version: int = 0  # of the stages; so that an old answer is not held against new ones
     next_s: float = 0.0
     wait_s: float = POLL_FIRST_S

@@ -109,7 +109,7 @@ class Mover:
         if over <= 0 or not (debt.stays_out or self._rooms):
             return True
         if search is None or search.old(now_s):
-            search = Round(self._post, (self._me.node, debt.creditor), now_s)
+            search = self._seeker.search((debt.creditor,), now_s)
             self._recalls[debt.id] = search
         why = f"recalled by {debt.creditor}"
         self._seeker.spread(search, over, lambda size: self._pick(debt, size), why, now_s)

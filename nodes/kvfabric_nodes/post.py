@@ -22,7 +22,7 @@ from kvfabric_nodes.instructions import (
 )
 from kvfabric_nodes.pulls import PullOrder
 
-CALL_S = 5.0  # after that, an answer does not come any more
+CALL_S = 3.0  # after that, an answer does not come any more
 
 Then = Callable[[Any, str, float], None]  # the answer or None, why there is none, the time
 

@@ -27,16 +27,22 @@ class Offer:
 
 
 class Round:
-    """See the module. `barred` are never asked."""
+    """See the module. `barred` are never asked, and the `shy` after all others."""
 
     def __init__(
-        self, post: Post, barred: Collection[str], now_s: float, named: Offer | None = None
+        self,
+        post: Post,
+        barred: Collection[str],
+        now_s: float,
+        shy: Collection[str] = (),
+        named: Offer | None = None,
     ) -> None:
         """With a `named` creditor that one is asked, and nobody else."""
         self.begun_s = now_s
         self.reason = ""  # why nobody is left, or why the last one refused
         self._post = post
         self._barred = frozenset(barred)
+        self._shy = frozenset(shy)
         self._offers: list[Offer] = [named] if named else []
         self._tried: dict[str, Offer] = {}  # as the manager named them
         self._owing: dict[str, Offer] = {}
@@ -69,6 +75,10 @@ class Round:
         may_beg = bool(self._owing) and not self._last_resort
         return not (self._offers or self._asking or may_ask or may_beg)
 
+    def has_others(self, node: str) -> bool:
+        """Whether somebody else may lend, as far as is known."""
+        return any(offer.node != node for offer in self._offers)
+
     def used(self, node: str, size_bytes: int) -> None:
         """So much was asked of it; a node without more is not asked again."""
         for offer in self._offers:
@@ -100,6 +110,7 @@ class Round:
                     offer = Offer(node, endpoints, max(free_bytes, 1))
                     self._tried[node] = offer
                     self._offers.append(replace(offer))
+            self._offers.sort(key=lambda offer: offer.node in self._shy)
             self._empty = not self._offers
             if self._empty:
                 self.reason = self.reason or answer.reason or "no node has memory to lend"

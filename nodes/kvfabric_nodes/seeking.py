@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,8 +110,12 @@ class Seeker:
         if len(self._commands) > COMMANDS:
             del self._commands[next(iter(self._commands))]
         offer = Offer(what.creditor, what.endpoints, what.size_bytes)
-        search = Round(self._post, (), now_s, offer)
+        search = Round(self._post, (), now_s, named=offer)
         self._plans[name] = Plan(what.sequence, what.size_bytes, command.why, search)
+
+    def search(self, barred: Collection[str], now_s: float) -> Round:
+        """Anybody but these."""
+        return Round(self._post, {self._me.node, *barred}, now_s, self._borrower.shy(now_s))
 
     def spread(
         self, search: Round, size_bytes: int, pick: Pick, why: str, now_s: float
@@ -154,7 +158,7 @@ class Seeker:
             self._fail(self.why_none, coming_bytes)
             return
         if self._search is None or self._search.old(now_s):
-            self._search = Round(self._post, (self._me.node,), now_s)
+            self._search = self.search((), now_s)
         pool = self._rooms.waiting[0].pool
         blocks = -(-self._rooms.missing_bytes // pool[1])
         ahead = min(self._core.extents.capacity_bytes // AHEAD_PART, LOAN_KEYS * pool[1])

@@ -367,6 +367,28 @@ def test_a_debtor_learns_of_a_replica_that_its_creditor_dropped(town: Town) -> N
     town.check_balance()
 
 
+def test_a_creditor_that_does_not_answer_holds_nobody_up_for_long(town: Town) -> None:
+    a = town["a"]
+    town.weather.cut.add(frozenset("ab"))
+    assert town.creditors("a", AskCreditors(0, 1, ())).nodes[0] == "b"
+    fill(a, 0)
+
+    room = a.make_room(timeout_s=town.weather.call_s + 1.0)
+    town.until(lambda: not room.waiting)
+    assert room.state is RoomState.DONE
+    begun_s = town.now_s
+    for number in range(100, 106):
+        assert a.grow(key(number))
+    assert town.now_s < begun_s + town.weather.call_s
+
+    town.run(60)
+    town.weather.cut.clear()
+    town.run(60)
+    assert {loan.creditor for loan in a.borrowed()} == {"c"}
+    assert not town.missing()
+    town.check_balance()
+
+
 def test_a_creditor_that_stays_silent_is_given_up(town: Town) -> None:
     a = town["a"]
     lent = [each for each in lend(town) if a.shard(each) is None]

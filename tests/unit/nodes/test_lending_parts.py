@@ -162,6 +162,16 @@ def test_who_owes_is_asked_again_at_the_end_and_only_once() -> None:
     assert search.exhausted
 
 
+def test_who_did_not_answer_lately_is_asked_after_the_others() -> None:
+    post = Post()
+    search = Round(post, (), 0.0, shy=("b",))
+    search.offer(1024, 0.0)
+    reply(post, answer("b", "c"))
+    assert search.offer(1024, 0.0) == Offer("c", NOWHERE, 4096)
+    search.used("c", 4096)
+    assert search.offer(1024, 0.0) == Offer("b", NOWHERE, 4096)
+
+
 def test_a_manager_that_is_away_ends_the_search() -> None:
     post = Post()
     search = Round(post, (), 0.0)
@@ -173,7 +183,7 @@ def test_a_manager_that_is_away_ends_the_search() -> None:
 
 def test_a_named_creditor_is_the_only_one_asked() -> None:
     post = Post()
-    search = Round(post, (), 0.0, Offer("b", NOWHERE, 2048))
+    search = Round(post, (), 0.0, named=Offer("b", NOWHERE, 2048))
     assert search.offer(1024, 0.0) is not None
     search.used("b", 2048)
     assert search.exhausted
