@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvfabric import sight
 from kvfabric.batches import Batches
@@ -147,6 +147,16 @@ class Mover:
         for batch in self._batches.of(move):
             self._steps.over(batch, MoveState.CANCELLED)
         self._end(move, MoveState.CANCELLED, now_s)
+
+    @property
+    def copied(self) -> Mapping[Kind, int]:
+        """Shards that were copied, over all moves."""
+        return self._steps.copied
+
+    @property
+    def dropped(self) -> Mapping[Kind, int]:
+        """Shards that went from their source, over all moves."""
+        return self._steps.dropped
 
     def moves(self) -> list[Move]:
         """Those under way, and the latest that ended; by number. Not to be changed."""

@@ -9,13 +9,14 @@ which is being emptied can leave nowhere, and of that nodes keep what somebody c
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvfabric import sight
 from kvfabric.batches import Batches
 from kvfabric.errors import Broken
 from kvfabric.loads import Loads
-from kvfabric.migration import Batch, Move, MoveState
+from kvfabric.migration import Batch, Kind, Move, MoveState
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Key, NamespaceId, NodeId
 
@@ -36,6 +37,8 @@ class Steps:
         self._loads = loads
         self._batches = batches
         self._numbers = itertools.count(1)
+        self.copied: Counter[Kind] = Counter()  # shards, over all moves
+        self.dropped: Counter[Kind] = Counter()
 
     # Copying
 
@@ -62,6 +65,7 @@ class Steps:
             self.elsewhere(batch, missing, now_s, why)
         self._loads.release(batch)
         batch.move.copied += len(batch.keys)
+        self.copied[batch.move.kind] += len(batch.keys)
         batch.move.size_bytes += len(batch.keys) * sight.shard_bytes(self._cluster, batch.source)
         if not batch.keys:
             self.over(batch, MoveState.FAILED)
@@ -159,6 +163,7 @@ class Steps:
         where = self.where(batch)
         gone = [key for key in batch.keys if batch.source not in where[key]]
         batch.move.dropped += len(gone)
+        self.dropped[batch.move.kind] += len(gone)
         self._batches.release(batch, gone)
         safe = [key for key in batch.keys if self._may_drop(batch, where[key])]
         # A holder that is to report anew may have them: nothing is done before it has.

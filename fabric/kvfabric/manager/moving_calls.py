@@ -16,6 +16,7 @@ from kvfabric.manager import messages
 from kvfabric.manager.calls import Calls, log, translated
 from kvfabric.manager.rules_store import RulesStore
 from kvfabric.migrating import Wish
+from kvfabric.migration import Kind
 from kvfabric.policies import Policy
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, NodeId, Status
@@ -135,6 +136,17 @@ class MovingCalls(Calls):
                     return  # the store is away: at a later tick
             with self._lock:
                 self._core.moving.draining.changed.remove(node)
+
+    def _set_moving_gauges(self) -> None:
+        """To be called under the lock."""
+        moving, value = self._core.moving, self._metrics.value
+        under_way = [move.kind for move in moving.mover.moves() if not move.ended]
+        for kind in Kind:
+            value("kvfabric_manager_moves", kind).value = under_way.count(kind)
+            value("kvfabric_manager_copied_shards_total", kind).value = moving.mover.copied[kind]
+            value("kvfabric_manager_dropped_shards_total", kind).value = moving.mover.dropped[kind]
+        value("kvfabric_manager_draining_nodes").value = len(moving.rules.drains)
+        value("kvfabric_manager_pins").value = moving.rules.pin_count
 
     # Policies
 

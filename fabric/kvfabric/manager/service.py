@@ -252,6 +252,7 @@ class ControlService(LendingCalls, MovingCalls, control_pb2_grpc.ControlServiceS
         self._metrics.value("kvfabric_manager_keys").value = self._core.keys
         self._metrics.value("kvfabric_manager_replicas").value = self._core.replicas
         self._set_lending_gauges()
+        self._set_moving_gauges()
 
 
 class ManagerServer:

@@ -357,6 +357,10 @@ def test_moves_are_begun_listed_and_called_off(control: ControlService) -> None:
         "b",
     )
     assert move.state == control_pb2.MOVE_STATE_COPYING
+    stats = control.Stats(control_pb2.ControlServiceStatsRequest(), Context())
+    counters = {counter.name: counter.value for counter in stats.counters}
+    assert counters['kvfabric_manager_moves{kind="migrate"}'] == 1
+    assert counters['kvfabric_manager_copied_shards_total{kind="migrate"}'] == 0
     control.CancelMove(control_pb2.CancelMoveRequest(move=begun.move), Context())
     (move,) = control.ListMoves(control_pb2.ListMovesRequest(), Context()).moves
     assert move.state == control_pb2.MOVE_STATE_CANCELLED
