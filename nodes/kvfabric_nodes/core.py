@@ -590,16 +590,25 @@ class NodeCore:
 
     # The books ------------------------------------------------------------------
 
+    @property
+    def free_bytes(self) -> int:
+        """What nothing occupies, without the work of all the books."""
+        used = self._held_bytes + self._reserved_bytes + self._all_quarantined_bytes
+        return self.extents.capacity_bytes - used
+
+    @property
+    def _all_quarantined_bytes(self) -> int:
+        return self._quarantined_bytes + sum(
+            segment.size_bytes for segment in self.extents.retired.values()
+        )
+
     def books(self) -> Books:
-        retired = sum(s.size_bytes for s in self.extents.retired.values())
-        quarantined = self._quarantined_bytes + retired
-        capacity = self.extents.capacity_bytes
         return Books(
-            capacity_bytes=capacity,
+            capacity_bytes=self.extents.capacity_bytes,
             held_bytes=self._held_bytes,
             reserved_bytes=self._reserved_bytes,
-            quarantined_bytes=quarantined,
-            free_bytes=capacity - self._held_bytes - self._reserved_bytes - quarantined,
+            quarantined_bytes=self._all_quarantined_bytes,
+            free_bytes=self.free_bytes,
             wasted_bytes=self.extents.wasted_bytes() + self._held_bytes - self.shards.size_bytes,
             shards=self.shards.count,
         )

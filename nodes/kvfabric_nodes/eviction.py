@@ -35,6 +35,8 @@ class Eviction:
         An emptied slab of another tenant is not yet the pool's: it has to be retired.
         """
         victim = self.shards.coldest(pool)
+        if victim is None and not any(map(self.shards.coldest, self.shards.pools())):
+            return False  # no slab can go either: it would begin with a leaf
         patience = self._patience.pop(pool, 0)
         if victim is None or (not patience and self._colder_elsewhere(victim)):
             slab = self._coldest_slab(pool, victim.last_used if victim else None)
