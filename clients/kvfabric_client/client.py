@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
@@ -24,6 +24,7 @@ from kvfabric_client import discovery
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.discovery import address_of
 from kvfabric_client.ended import ended_sessions
+from kvfabric_client.fleet import Fleet
 from kvfabric_client.handoff import Holds
 from kvfabric_client.link import Link
 from kvfabric_client.manager import Manager
@@ -38,7 +39,7 @@ DEFAULT_TIMEOUT_S = 5.0
 LOCATE_TIMEOUT_S = 0.5  # better a miss than a late answer
 LISTED_S = 1.0  # how long a listing of this host's nodes is trusted
 CLOSE_TIMEOUT_S = 60.0  # for calls in other threads to end
-FLEET_S = 1.0  # how long the manager's listing of all nodes is trusted
+FLEET_S = 10.0  # how long the manager's listing of all nodes will do
 AVOID_S = 5.0  # how long a node that failed is not asked again, while there is another
 
 
@@ -87,6 +88,7 @@ class Client:
         self.copiers = ThreadPoolExecutor(1, "kvfabric-copy")
         self.renewals = Renewals()
         self.holds = Holds()
+        self.fleet = Fleet(lambda deadline: self.manager().nodes(deadline))
         self._home = home
         self._principal = f"{tenant}/{principal}" if principal else tenant
         self._token = token.encode()
@@ -98,8 +100,6 @@ class Client:
         self._addresses: list[str] = []
         self._listed_until_s = 0.0
         self._manager: Manager | None = None
-        self._fleet: dict[str, control_pb2.NodeInfo] = {}  # by name, as last listed
-        self._fleet_until_s = 0.0
         self._closed = False
 
     def open(self, namespace: Namespace) -> Room:
@@ -265,52 +265,22 @@ class Client:
                 found.setdefault(best, []).append(index)
         return found
 
-    def addresses(self, deadline: Deadline) -> list[str]:
+    def addresses(self, deadline: Deadline) -> Iterator[str]:
         """Every node that may be written to: this host's first, then all that the manager knows
         to be alive and not being drained."""
-        infos = self.fleet(deadline)
-        full = {
-            address
-            for info in infos.values()
-            if info.draining or not info.alive
-            for address in (address_of(info), f"tcp:{info.endpoints.tcp_address}")
-        }
-        near = [address for address in self._candidates() if address not in full]
-        far = [address_of(info) for info in infos.values()]
-        return near + [a for a in far if a and a not in full and a not in near]
+        near = self._candidates()
+        yield from near
+        for info in self.fleet.nodes(deadline, FLEET_S).values():
+            address = address_of(info)
+            if info.alive and not info.draining and address and address not in near:
+                yield address
 
     def address_of(self, node: str, deadline: Deadline) -> str:
         """How to reach the node of this name. Empty: nobody knows."""
-        info = self.fleet(deadline).get(node)
-        if info is None or not info.alive:
-            info = self.fleet(deadline, anew=True).get(node)
+        info = self.fleet.node(node, deadline, FLEET_S)
         if info is not None:
-            return address_of(info) if info.alive else ""
+            return address_of(info)
         return next((a for a in self._candidates() if a.endswith(f"/{node}.sock")), "")
-
-    def is_draining(self, node: str, deadline: Deadline) -> bool:
-        """Whether the manager is emptying this node, as it said a moment ago; false where it
-        cannot be asked."""
-        info = self.fleet(deadline).get(node)
-        return info is not None and info.draining
-
-    def fleet(self, deadline: Deadline, *, anew: bool = False) -> dict[str, control_pb2.NodeInfo]:
-        """All nodes by name, as the manager said a moment ago; empty where it cannot be asked."""
-        now_s = time.monotonic()
-        if now_s < self._fleet_until_s and not anew:
-            return self._fleet
-        if self._avoid.get("manager", 0.0) > now_s:
-            return self._fleet
-        try:
-            deadline = Deadline(min(deadline.at_s, now_s + LOCATE_TIMEOUT_S))
-            infos = self.manager().nodes(deadline)
-        except Retry as error:
-            self._avoid["manager"] = now_s + AVOID_S
-            log.debug("nodes_not_listed", why=str(error))
-            return self._fleet
-        self._fleet = {info.node: info for info in infos}
-        self._fleet_until_s = now_s + FLEET_S
-        return self._fleet
 
     def _candidates(self) -> list[str]:
         """Good ones first, then those that failed a moment ago."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvfabric_client.room import Room
 
 MAX_HOLDS = 1024
+OWN_ADDRESS_S = 60.0  # how long what the manager said of one's own node will do
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _ways(client: Client, link: Link, deadline: Deadline) -> tuple[str, str]:
     kind, _, rest = link.address.partition(":")
     if kind == "tcp":
         return "", rest
-    info = client.fleet(deadline).get(link.node)
+    info = client.fleet.node(link.node, deadline, OWN_ADDRESS_S)
     return rest, info.endpoints.tcp_address if info is not None else ""
 
 

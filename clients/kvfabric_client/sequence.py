@@ -189,8 +189,8 @@ class Sequence(SequenceReads):
             deadline = Deadline.after(RENEW_TIMEOUT_S)
             if not self.writer.unsure:
                 self.writer.home.renew(self.length, deadline)
-                if not self._tentative:  # which end with their node
-                    self.writer.leaves(deadline)  # also one that nobody writes to
+                self._note_attempts()
+                self.writer.leaves(deadline)  # also where nobody writes
             return True
         except (Refused, Conflict):
             return True  # the next write finds out and says so
@@ -202,6 +202,9 @@ class Sequence(SequenceReads):
             fork.closed = True
         self._tentative.clear()
 
+    def _note_attempts(self) -> None:
+        self.writer.has_attempts = any(not fork.closed for fork in self._tentative)
+
     def _check_length(self, tokens: int) -> None:
         if not 0 <= tokens <= self.length:
             raise Refused(f"{tokens} tokens of a sequence that has {self.length}")
@@ -210,6 +213,7 @@ class Sequence(SequenceReads):
     def _writing(self, timeout_s: float | None) -> Iterator[tuple[Writer, Deadline]]:
         with self._using(timeout_s) as deadline:
             self.used_s = time.monotonic()
+            self._note_attempts()
             yield self.writer, deadline
 
     def __enter__(self) -> Sequence:

@@ -61,6 +61,7 @@ class Home:
         self.epoch = epoch
         self.idle_s = idle_s
         self.tails = Tails(link, shape)
+        self.draining = False  # the node is being emptied, as it said last
 
     @property
     def address(self) -> str:
@@ -104,6 +105,7 @@ class Home:
             request = self._send_ahead(requests, deadline) or request
         request.tokens = tokens  # visible only now that all bytes are there
         answer: node_pb2.AppendResponse = self.call("append", request, deadline)
+        self.draining = answer.draining
         return answer.length
 
     def _append_request(
@@ -166,7 +168,8 @@ class Home:
     def renew(self, length: int, deadline: Deadline) -> None:
         """Puts off the idle deadline: appends nothing."""
         request = node_pb2.AppendRequest(sequence=self.sequence, epoch=self.epoch, start=length)
-        self.call("append", request, deadline)
+        answer: node_pb2.AppendResponse = self.call("append", request, deadline)
+        self.draining = answer.draining
 
     def seal(
         self, blocks: Sequence[Sealed], sums: Mapping[int, list[int]], deadline: Deadline

@@ -50,6 +50,7 @@ class Writer:
         self.outline = outline
         self.shape = outline.shape
         self.home = home
+        self.has_attempts = False  # tentative forks, which would end if it left its node
         self.unsure = False  # the last call's answer is not known
         self.most_open = MOST_OPEN  # blocks that the node had room for at once, lately
         self.granted = 0  # how often it had room for that many since
@@ -261,7 +262,8 @@ class Writer:
     def leaves(self, deadline: Deadline) -> bool:
         """Whether the node is being drained and another one has taken the sequence."""
         now_s = time.monotonic()
-        if self.tentative or not self.home.draining or now_s < self.stays_until_s:
+        bound = self.tentative or self.has_attempts
+        if bound or not self.home.draining or now_s < self.stays_until_s:
             return False
         try:
             self.move(deadline)

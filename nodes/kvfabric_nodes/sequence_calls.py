@@ -210,6 +210,7 @@ class SequenceCalls:
             for view in pieces:
                 view[:], data = data[: len(view)], data[len(view) :]
         response.length = sequence.length
+        response.draining = self._core.draining
 
     def _pieces(self, sequence: OpenSequence, request: node_pb2.AppendRequest) -> list[memoryview]:
         """Where the payload goes. Refused where it does not fit into the open blocks."""

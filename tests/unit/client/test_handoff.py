@@ -42,7 +42,11 @@ def manager(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mana
 
 @pytest.fixture
 def nodes(start: Start, manager: ManagerServer) -> tuple[Node, Node]:
-    return start("n0", manager=manager.address), start("n1", manager=manager.address)
+    both = start("n0", manager=manager.address), start("n1", manager=manager.address)
+    with kvfabric_client.connect(address(both[0], "unix")) as client:
+        # Their first reports are over; the next ones come in a minute.
+        assert eventually(lambda: all(info.stats.node for info in client.nodes()))
+    return both
 
 
 @pytest.fixture(params=["unix", "tcp"])

@@ -17,7 +17,7 @@ from kvfabric.types import Namespace
 from kvfabric_client import Client, Room
 from kvfabric_nodes.node import Node
 
-from .conftest import Start, address
+from .conftest import Start, address, core_of
 from .test_deadlines import eventually, stalled
 from .test_sequences import FORM, ids, kv
 
@@ -201,16 +201,36 @@ def test_a_home_that_dies_while_it_is_read_is_replaced_by_replicas(
 
 
 def test_a_node_that_is_drained_is_left_with_the_open_tokens(
-    writer: Client, nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+    writer: Client, nodes: tuple[Node, Node]
 ) -> None:
     room = writer.open(SPACE)
     prompt, floats = ids(60), kv(60)
     with room.sequence(FORM) as sequence:
         sequence.append(prompt[:20], floats[..., :20, :])
-        monkeypatch.setattr(writer, "is_draining", lambda node, deadline: node == "n0")
-        sequence.append(prompt[20:], floats[..., 20:, :])
+        attempt = sequence.fork(tentative=True)
+        _drain(writer, nodes[0])
+        sequence.append(prompt[20:40], floats[..., 20:40, :])
+        assert sequence.node == "n0"  # the attempt would end
+        attempt.close()
+        sequence.append(prompt[40:], floats[..., 40:, :])
         assert sequence.node == "n1"
         assert np.array_equal(sequence.read(), floats)
+
+
+def test_one_that_nobody_writes_to_leaves_a_node_that_is_drained(
+    writer: Client, nodes: tuple[Node, Node]
+) -> None:
+    with writer.open(SPACE).sequence(FORM, idle_s=0.3) as sequence:
+        sequence.append(ids(20), kv(20))
+        _drain(writer, nodes[0])
+        assert eventually(lambda: sequence.node == "n1")
+        assert np.array_equal(sequence.read(), kv(20))
+        assert eventually(lambda: sequences_of(nodes[0]) == 0)
+
+
+def _drain(client: Client, node: Node) -> None:
+    client.manager().drain(node.settings.node, client.deadline(None))
+    assert eventually(lambda: bool(core_of(node).draining))
 
 
 def _replicate(node: Node, tokens: int) -> None:
@@ -222,14 +242,15 @@ def _replicate(node: Node, tokens: int) -> None:
 
 
 def test_a_node_that_is_drained_is_stayed_at_while_there_is_no_other(
-    writer: Client, nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+    writer: Client, nodes: tuple[Node, Node]
 ) -> None:
     nodes[1].stop()
     prompt, floats = ids(60), kv(60)
     with writer.open(SPACE).sequence(FORM) as sequence:
         sequence.append(prompt[:20], floats[..., :20, :])
-        monkeypatch.setattr(writer, "is_draining", lambda node, deadline: node == "n0")
-        sequence.append(prompt[20:], floats[..., 20:, :])
+        _drain(writer, nodes[0])
+        sequence.append(prompt[20:40], floats[..., 20:40, :])
+        sequence.append(prompt[40:], floats[..., 40:, :])
         assert sequence.node == "n0"
         assert np.array_equal(sequence.read(), floats)
 
