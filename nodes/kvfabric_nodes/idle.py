@@ -19,10 +19,12 @@ class Idle:
     def __init__(self, living: Mapping[int, OpenSequence]) -> None:
         self._living = living
         self._heap: list[tuple[float, int]] = []
+        self._most = 0  # entries, as many as there may be until the next sweep
 
     def watch(self, sequence: OpenSequence) -> None:
         """Looks at its deadline as it is now."""
-        if len(self._heap) > 2 * len(self._living) + SWEEP_ENTRIES:
+        self._most = 2 * len(self._living) + SWEEP_ENTRIES + 1
+        if len(self._heap) >= self._most:
             self._heap = [entry for entry in self._heap if self._stands(*entry)]
             heapq.heapify(self._heap)
         sequence.watched_s = sequence.deadline_s
@@ -51,4 +53,4 @@ class Idle:
         for sequence_id, sequence in self._living.items():
             assert sequence.watched_s <= sequence.deadline_s
             assert (sequence.watched_s, sequence_id) in entries
-        assert len(self._heap) <= 2 * len(self._living) + SWEEP_ENTRIES + 1
+        assert len(self._heap) <= self._most
