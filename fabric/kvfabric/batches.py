@@ -8,6 +8,8 @@ from kvfabric.errors import Broken
 from kvfabric.migration import Batch, Move, MoveState
 from kvfabric.types import Key, NamespaceId, NodeId
 
+_WAITING, _COPYING, _DROPPING = range(3)
+
 
 class Batches:
     """Books only. A key is in one batch at most."""
@@ -15,6 +17,7 @@ class Batches:
     def __init__(self) -> None:
         self._all: dict[int, Batch] = {}
         self._of: dict[int, set[int]] = {}  # by move
+        self._phases: dict[int, list[int]] = {}  # by move: waiting, copied, dropped
         self._waiting: dict[NodeId, set[int]] = {}  # by source
         self._near: dict[NodeId, set[int]] = {}  # under way, by both nodes
         self._keys: set[tuple[NamespaceId, Key]] = set()
@@ -41,17 +44,26 @@ class Batches:
         """A new batch, whose keys are in no other, waits for its turn."""
         self._enter(batch)
         self._waiting.setdefault(batch.source, set()).add(batch.number)
+        self._phases[batch.move.number][_WAITING] += 1
 
     def begin(self, batch: Batch, now_s: float) -> None:
         """A waiting batch, or a new one, is under way. Its nodes stay what they are now."""
         if batch.number in self._all:
             self._stop_waiting(batch)
+            self._phases[batch.move.number][_WAITING] -= 1
         else:
             self._enter(batch)
+        self._phases[batch.move.number][_COPYING] += 1
         batch.begun_s = batch.due_s = now_s
         for node in (batch.source, batch.destination):
             if node is not None:
                 self._near.setdefault(node, set()).add(batch.number)
+
+    def drop(self, batch: Batch) -> None:
+        """The batch's source is to drop its own now."""
+        batch.to(MoveState.DROPPING)
+        self._phases[batch.move.number][_COPYING] -= 1
+        self._phases[batch.move.number][_DROPPING] += 1
 
     def release(self, batch: Batch, keys: Sequence[Key]) -> None:
         """These of its keys are in no batch any more."""
@@ -61,12 +73,13 @@ class Batches:
 
     def end(self, batch: Batch, state: MoveState) -> None:
         """The batch is over, and its keys are free."""
+        self._phases[batch.move.number][_phase(batch)] -= 1
         batch.to(state)
         self.release(batch, batch.keys)
         del self._all[batch.number]
         self._of[batch.move.number].discard(batch.number)
         if not self._of[batch.move.number]:
-            del self._of[batch.move.number]
+            del self._of[batch.move.number], self._phases[batch.move.number]
         if batch.begun_s is None:
             self._stop_waiting(batch)
         for node in {batch.source, batch.destination} & self._near.keys():
@@ -80,10 +93,8 @@ class Batches:
 
     def phases(self, move: Move) -> tuple[int, int, int]:
         """How many of its batches wait, are copied, and are dropped at their source."""
-        mine = [self._all[number] for number in self._of.get(move.number, ())]
-        dropping = sum(batch.state is MoveState.DROPPING for batch in mine)
-        waiting = sum(batch.begun_s is None for batch in mine)
-        return waiting, len(mine) - waiting - dropping, dropping
+        waiting, copying, dropping = self._phases.get(move.number, (0, 0, 0))
+        return waiting, copying, dropping
 
     def waiting_at(self, source: NodeId) -> list[Batch]:
         """Those that wait for their turn, the most urgent first."""
@@ -112,6 +123,10 @@ class Batches:
         near = {each for numbers in self._near.values() for each in numbers}
         if near != self._all.keys() - waiting:
             raise Broken("a batch under way would never be looked at; report this")
+        for number, counts in self._phases.items():
+            phases = [_phase(self._all[each]) for each in self._of[number]]
+            if counts != [phases.count(phase) for phase in (_WAITING, _COPYING, _DROPPING)]:
+                raise Broken(f"the batches of move {number} are miscounted; report this")
         if {each for numbers in self._of.values() for each in numbers} != self._all.keys():
             raise Broken("a batch is not its move's; report this")
 
@@ -121,6 +136,7 @@ class Batches:
             raise Broken(f"keys of batch {batch.number} are in another one: a bug")
         self._all[batch.number] = batch
         self._of.setdefault(batch.move.number, set()).add(batch.number)
+        self._phases.setdefault(batch.move.number, [0, 0, 0])
         self._keys |= mine
 
     def _stop_waiting(self, batch: Batch) -> None:
@@ -128,3 +144,9 @@ class Batches:
         queue.discard(batch.number)
         if not queue:
             del self._waiting[batch.source]
+
+
+def _phase(batch: Batch) -> int:
+    if batch.state is MoveState.DROPPING:
+        return _DROPPING
+    return _WAITING if batch.begun_s is None else _COPYING

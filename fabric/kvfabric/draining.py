@@ -20,7 +20,6 @@ from kvfabric.migration import BATCH_KEYS, Kind, Move
 from kvfabric.mover import MAX_MOVES, MAX_WAITING, Mover
 from kvfabric.policies import Drain, Rules
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric.targets import Targets
 from kvfabric.types import Key, NamespaceId, NodeId
 
 MAX_DRAINS = MAX_MOVES // 4  # nodes that are being emptied at once; others wait for their turn
@@ -60,7 +59,6 @@ class Draining:
         self._rules = rules
         self._heat = heat
         self._ledger = ledger
-        self._targets = Targets(cluster)
         self._emptying: dict[NodeId, _Emptying] = {}
         self._sequences: dict[NodeId, control_pb2.Sequences] = {}
         self.changed: list[NodeId] = []
@@ -271,7 +269,7 @@ class Draining:
             return
         rows = zip(sequences.sequence, sequences.local_bytes, strict=True)
         for number, (sequence, size_bytes) in enumerate(rows):
-            creditors = self._targets.best(node, (), size_bytes, now_s, evict=True)
+            creditors = self._mover.targets.best(node, (), size_bytes, now_s, evict=True)
             if not size_bytes or not creditors:
                 continue
             creditor = creditors[number % len(creditors)]

@@ -9,6 +9,7 @@ from kvfabric.migration import BATCH_BYTES, Batch
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import NodeId
 
+AT_ONCE = 1024  # batches that are copied, over all nodes
 PER_SOURCE = 8  # batches that are copied from a node at once
 PER_DESTINATION = 8
 PER_LINK = 4
@@ -28,6 +29,8 @@ class Loads:
 
     def gives(self, batch: Batch) -> bool:
         """Whether the batch's source may give more at this moment."""
+        if len(self._taken) >= AT_ONCE:
+            return False
         if batch.move.priority == control_pb2.PRIORITY_BALANCE:
             return self._from[batch.source] < BALANCE_PER_NODE
         return self._from[batch.source] < PER_SOURCE
@@ -68,7 +71,7 @@ class Loads:
         ):
             if any(not 0 <= count <= limit for count in counts.values()):
                 raise Broken(f"a node's copies are not within {limit}: {counts}; report this")
-        if sum(self._from.values()) != len(self._taken):
+        if sum(self._from.values()) != len(self._taken) or len(self._taken) > AT_ONCE:
             raise Broken("batches under way are miscounted; report this")
 
     def _book(self, number: int, change: int) -> None:

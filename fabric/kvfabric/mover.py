@@ -5,6 +5,7 @@ How one batch is carried out is in steps.py, and how much may be under way in lo
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,12 @@ from kvfabric.types import Key, NamespaceId, NodeId
 
 MAX_MOVES = 64  # under way at once
 MAX_ENDED = 256  # remembered
-MAX_WAITING = 16  # batches of one move that wait for their turn
+MAX_WAITING = 16  # batches of one move from one node that wait for their turn
+MAX_WAITING_ANYWHERE = 256  # of a move from many nodes
 MAX_DROPPING = 256  # batches of one move whose source still holds them
 NO_ROOM_S = 5.0  # then what may be given up is
 WAIT_TIMEOUT_S = 300.0
+MAX_STARTS = 64  # batches that begin in one tick: the core must not stand still for long
 BURST_S = 1.0  # what a throttled move may catch up with
 
 
@@ -32,9 +35,10 @@ class Mover:
 
     def __init__(self, cluster: sight.Cluster) -> None:
         self._cluster = cluster
-        self._targets = Targets(cluster)
         self._loads = Loads()
+        self.targets = Targets(cluster, self._loads.coming_bytes)
         self._batches = Batches()
+        self._last = NodeId("")  # whose batches were begun last
         self._moves: dict[int, Move] = {}
         self._ended: deque[Move] = deque(maxlen=MAX_ENDED)
         self._move_numbers = itertools.count(1)
@@ -79,7 +83,8 @@ class Mover:
         if move.ended:
             return False
         waiting, _, dropping = self._batches.phases(move)
-        return waiting < MAX_WAITING and dropping < MAX_DROPPING
+        limit = MAX_WAITING_ANYWHERE if move.source is None else MAX_WAITING
+        return waiting < limit and dropping < MAX_DROPPING
 
     def busy(self, namespace: NamespaceId, key: Key) -> bool:
         """Whether some move has this key under way. No other can take it then."""
@@ -180,8 +185,14 @@ class Mover:
         for batch in self._batches.under_way():
             if batch in self._batches and now_s >= min(batch.due_s, batch.deadline_s):
                 self._look(batch, now_s)
-        for source in self._batches.sources():
-            self._start(source, now_s)
+        left = MAX_STARTS
+        sources = self._batches.sources()
+        at = bisect.bisect_right(sources, self._last)  # each has its turn
+        for source in (*sources[at:], *sources[:at]):
+            if left <= 0:
+                break
+            left -= self._start(source, now_s, left)
+            self._last = source
 
     def check(self) -> None:
         """Broken unless books and limits are right."""
@@ -192,14 +203,21 @@ class Mover:
 
     # Starting
 
-    def _start(self, source: NodeId, now_s: float) -> None:
-        """As many of a source's waiting batches as may begin."""
+    def _start(self, source: NodeId, now_s: float, limit: int = MAX_STARTS) -> int:
+        """As many of a source's waiting batches as may begin. Returns how many were tried."""
+        tried = 0
         blocked: set[tuple[int, NodeId | None, bool, frozenset[NodeId]]] = set()
         for batch in self._batches.waiting_at(source):
             # Behind one that cannot begin, others with the same aim cannot either.
             aim = (batch.move.number, batch.destination, batch.evict, frozenset(batch.shunned))
-            if batch in self._batches and aim not in blocked and not self._begin(batch, now_s):
+            if tried >= limit:
+                break
+            if batch not in self._batches or aim in blocked:
+                continue
+            tried += 1
+            if not self._begin(batch, now_s):
                 blocked.add(aim)
+        return tried
 
     def _begin(self, batch: Batch, now_s: float) -> bool:
         """False: it goes on waiting."""
@@ -241,7 +259,7 @@ class Mover:
         for size_bytes in (batch.size_bytes, shard_bytes):  # all of it, or as much as there is room
             roomy = [
                 node
-                for node in self._targets.best(
+                for node in self.targets.best(
                     batch.source,
                     holders - leaving - self._cluster.draining,
                     size_bytes,

@@ -8,6 +8,7 @@ cache elsewhere goes only for shards that have just come, and for a while after 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -18,13 +19,12 @@ from kvfabric.heat import Heat
 from kvfabric.migration import Kind, Move
 from kvfabric.mover import Mover
 from kvfabric.policies import Rules
-from kvfabric.targets import Targets
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId, NodeId
 
 MAX_FRESH = 65_536  # shards that have just come and are still to be looked at
 FRESH_KEYS = 4096  # of them looked at in one round
-SCAN_S = 1.0  # between two slices of the walk over all shards
-SCAN_KEYS = 65_536
+SCAN_S = 0.25  # between two slices of the walk over all shards
+SCAN_KEYS = 16_384
 ALARM_S = 600.0  # after a loss, or a change of policy, so long colder cache may go
 HOT_LOOK_S = 5.0
 HOT_READS_PER_S = 5.0  # of one replica: more, and there should be another
@@ -50,9 +50,9 @@ class Replicas:
         self._mover = mover
         self._rules = rules
         self._heat = heat
-        self._targets = Targets(cluster)
         self._fresh: dict[_Subject, None] = {}
         self._cursor: Cursor | None = None
+        self._possible = (0, 0)  # nodes that take replicas, and their zones
         self._scan_s = 0.0
         self._alarm_s = float("-inf")  # until then
         self._found = 0  # in this walk
@@ -85,7 +85,8 @@ class Replicas:
             self._scan(now_s)
         if now_s >= self._look_s:
             self._look_s = now_s + HOT_LOOK_S
-            self._spread(now_s)
+            if self._rules.spreads:
+                self._spread(now_s)
             self._gather(now_s)
         for kind, move in list(self._moves.items()):
             if move.ended:
@@ -102,7 +103,9 @@ class Replicas:
     # Too few
 
     def _look_at_fresh(self, now_s: float) -> None:
-        some = list(self._fresh)[:FRESH_KEYS]
+        if self._fresh:
+            self._count_possible()
+        some = list(itertools.islice(self._fresh, FRESH_KEYS))
         by_room: dict[NamespaceId, list[Key]] = {}
         for subject in some:
             by_room.setdefault(subject.namespace, []).append(subject.key)
@@ -117,11 +120,11 @@ class Replicas:
         """A slice of the walk over shards that may lack replicas."""
         counted = self._rules.counted()
         most = max(self._rules.replicas(each or NamespaceId(b"")) for each in counted)
-        takers = sight.takers(self._cluster)
+        self._count_possible()
 
         def lacking(place: Place) -> bool:
             keepers = sight.keepers(self._cluster, place)
-            return bool(keepers) and not self._enough(keepers, most, takers)
+            return bool(keepers) and not self._enough(keepers, most)
 
         only = counted[0] if len(counted) == 1 else None
         at = self._cursor
@@ -135,7 +138,7 @@ class Replicas:
         """One more replica for each, where it lacks any. False: the mover wants no more now."""
         wanted = self._rules.replicas(lot.namespace)
         keepers = sight.keepers(self._cluster, lot.place)
-        if not keepers or self._enough(keepers, wanted, sight.takers(self._cluster)):
+        if not keepers or self._enough(keepers, wanted):
             return True
         keys = [key for key in lot.keys if not self._mover.busy(lot.namespace, key)]
         move = self._move(Kind.REPAIR, now_s)
@@ -145,17 +148,21 @@ class Replicas:
             return False
         source = self._least_busy(keepers, keys[0])
         size_bytes = sight.shard_bytes(self._cluster, source)
-        if not evict and not self._targets.best(source, keepers, size_bytes, now_s):
+        if not evict and not self._mover.targets.best(source, keepers, size_bytes, now_s):
             return True  # no room: it is found again by the next walk
         self._mover.add(move, lot.namespace, keys, source, now_s, evict=evict)
         return True
 
-    def _enough(self, keepers: Collection[NodeId], wanted: int, takers: list[NodeId]) -> bool:
+    def _count_possible(self) -> None:
+        takers = sight.takers(self._cluster)
+        self._possible = (len(takers), sight.zones(self._cluster, takers))
+
+    def _enough(self, keepers: Collection[NodeId], wanted: int) -> bool:
         """Whether there are as many replicas, in as many zones, as wanted and possible."""
-        if len(keepers) < min(wanted, len(takers)):
+        nodes, zones = self._possible
+        if len(keepers) < min(wanted, nodes):
             return False
-        over = sight.zones(self._cluster, keepers)
-        return over >= wanted or over >= sight.zones(self._cluster, takers)
+        return sight.zones(self._cluster, keepers) >= min(wanted, zones)
 
     def _least_busy(self, keepers: Collection[NodeId], key: Key) -> NodeId:
         """One of the holders, another one for other keys."""
@@ -182,7 +189,7 @@ class Replicas:
             return False
         source = self._least_busy(keepers, subject.key)
         size_bytes = sight.shard_bytes(self._cluster, source)
-        far = self._targets.best(source, keepers, size_bytes, now_s, evict=True)
+        far = self._mover.targets.best(source, keepers, size_bytes, now_s, evict=True)
         askers = self._heat.askers(subject.namespace, subject.key)
         near = [node for node in askers if sight.takes(self._cluster, node)]
         chosen = next((node for node in [*near, *far] if node not in keepers), None)

@@ -153,7 +153,7 @@ class Steps:
 
     def start_dropping(self, batch: Batch, now_s: float) -> None:
         """All is copied, or need not be: the source is to drop its own."""
-        batch.to(MoveState.DROPPING)
+        self._batches.drop(batch)
         batch.command = 0
         batch.due_s = now_s
         batch.deadline_s = now_s + DROP_TIMEOUT_S
