@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from kvfabric.directory import Inventory
 from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import control_pb2, types_pb2
-from kvfabric.simulation.engine import Task
+from kvfabric.simulation.engine import Promise, Task
 from kvfabric.simulation.nodes import MANAGER, Ground, Shape, Written
 from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId
 from kvfabric_nodes.arena import Arena
@@ -86,6 +86,8 @@ class SimulatedNode:
         self._epoch = 0
         self._connected = False
         self._poked = False
+        self._wake: Promise[None] | None = None  # of a pause between two heartbeats
+        self._may_wake = False
         self._tasks: dict[Task, None] = {}
         self._stopped = False
         self.core.on_dropped.append(self._dropped)
@@ -143,8 +145,8 @@ class SimulatedNode:
     def grow(self, request: int, tokens: int) -> int:
         return self.memory.grow(request, tokens)
 
-    def close(self, request: int) -> None:
-        self.memory.close(request)
+    def close(self, request: int, *, drop: bool = True) -> None:
+        self.memory.close(request, drop=drop)
         self.carry_out()
 
     def lent(self) -> Mapping[int, int]:
@@ -172,8 +174,7 @@ class SimulatedNode:
         return self.lending.whereabouts(namespace, key)
 
     def used_bytes(self) -> int:
-        books = self.core.books()
-        return books.capacity_bytes - books.free_bytes
+        return self.shape.capacity_bytes - self.core.free_bytes
 
     def lent_bytes(self) -> int:
         return self.lending.lent_bytes
@@ -304,6 +305,8 @@ class SimulatedNode:
     def _poke(self) -> None:
         """There is something that the manager should hear of soon."""
         self._poked = True
+        if self._wake is not None and self._may_wake:
+            self._wake.keep(None)
 
     async def _report(self) -> None:
         await self._simulation.sleep(self._simulation.random.random() * self.shape.heartbeat_s)
@@ -364,11 +367,13 @@ class SimulatedNode:
     async def _pause(self, regular_s: float, *, may_be_poked: bool) -> None:
         """Until the next heartbeat is due, or somebody pokes."""
         due_s = regular_s + self.shape.heartbeat_s
-        while self._simulation.now_s < due_s:
-            left_s = due_s - self._simulation.now_s
-            await self._simulation.sleep(min(POKE_GAP_S, left_s) if may_be_poked else left_s)
-            if may_be_poked and self._poked:
-                return
+        await self._simulation.sleep(min(POKE_GAP_S, self.shape.heartbeat_s))
+        left_s = due_s - self._simulation.now_s
+        if left_s <= 0 or (may_be_poked and self._poked):
+            return
+        self._wake = self._simulation.sleep(left_s)
+        self._may_wake = may_be_poked
+        await self._wake
 
     async def _call_manager(self, name: str, request: Any) -> Any:
         return await self._network.call(

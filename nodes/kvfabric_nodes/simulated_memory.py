@@ -122,14 +122,14 @@ class SimulatedMemory:
             self._seek(max(lacking, min(ahead, AHEAD_BLOCKS)))
         return sequence.room
 
-    def close(self, request: int) -> None:
+    def close(self, request: int, *, drop: bool = True) -> None:
         held = self._held.pop(request, None)
         if held is None:
             return
         keys = held.keys
-        if self._shape.lending:
+        if self._shape.lending and drop:
             self._lending.discard(NAMESPACE, keys)
-        self._sequences.end(held.sequence, self._now(), let_go=True, drop=True)
+        self._sequences.end(held.sequence, self._now(), let_go=True, drop=drop)
 
     def lent(self) -> Mapping[int, int]:
         borrowed = self._lending.borrowed_bytes
@@ -197,8 +197,7 @@ class SimulatedMemory:
         return count
 
     def _free_blocks(self) -> int:
-        books = self._core.books()
-        return books.free_bytes // self._shape.block_bytes
+        return self._core.free_bytes // self._shape.block_bytes
 
     def _seeking(self) -> bool:
         return self._room is not None and self._room.waiting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvfabric.simulation.faults import Cluster
-from kvfabric.simulation.nodes import Node, Written
+from kvfabric.simulation.nodes import MANAGER, Node, Written
 from kvfabric.simulation.world import World
 from kvfabric.types import Key, NamespaceId, NodeId
 
@@ -14,6 +14,19 @@ SETTLE_S = 3.0  # after a fault: heartbeats have told by then who holds what
 
 class Violation(Exception):
     """An invariant does not hold. Its text says which, where and when."""
+
+
+def place_of(error: BaseException) -> str:
+    """What went wrong, and the line that found it."""
+    found = error.__traceback__
+    while found is not None and found.tb_next is not None:
+        found = found.tb_next
+    text = f"{type(error).__name__} {error}".strip()
+    if found is None:
+        return text
+    code = found.tb_frame.f_code
+    name = "/".join(code.co_filename.split("/")[-2:])
+    return f"{text} ({name}:{found.tb_lineno}, {code.co_name})"
 
 
 @dataclass(slots=True)
@@ -39,7 +52,7 @@ class Auditor:
         try:
             self._world.check()
         except Exception as error:
-            raise Violation(f"a book is wrong: {type(error).__name__}: {error}") from error
+            raise Violation(f"a book is wrong: {place_of(error)}") from error
 
     def read(self, home: Node, written: Written) -> None:
         """As a reader would, by its home node: there, where it was lent, where the manager
@@ -99,7 +112,7 @@ class Auditor:
 
     def _known(self, home: Node, namespace: NamespaceId, key: Key) -> list[str]:
         manager = self._world.manager
-        if manager is None or not self._world.network.reachable(home.name, "manager"):
+        if manager is None or not self._world.network.reachable(home.name, MANAGER):
             return []
         located = manager.core.locate(namespace, [key], prefix=False)
         places = located.places
@@ -121,10 +134,14 @@ class Auditor:
                 f"{key.hex()[:12]} of an open sequence at {home.name} is lost, and nothing "
                 "happened that may lose a shard"
             )
+        reachable = world.network.reachable
         if world.simulation.now_s - self._cluster.troubled_s < SETTLE_S:
             return
+        if not reachable(home.name, MANAGER):
+            return  # nobody tells it where else to look
         for name, node in world.nodes.items():
-            if node.holds(namespace, key) and world.network.reachable(home.name, name):
+            told = reachable(name, MANAGER) and reachable(home.name, name)
+            if told and node.holds(namespace, key):
                 raise Violation(
                     f"a hole: {key.hex()[:12]} is missed at {home.name}, and {name} has it"
                 )

@@ -16,10 +16,37 @@ from kvfabric.migrating import Wish
 from kvfabric.policies import Drain
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.simulation.disk import SimulatedStore
-from kvfabric.types import PROTOCOL_VERSION, NodeId
+from kvfabric.types import DIGEST_BYTES, PROTOCOL_VERSION, NodeId
 
 Stopwatch = Callable[[], float]
 """Seconds of the machine that runs the simulation; nothing in it depends on them."""
+
+
+@dataclass(slots=True)
+class Line:
+    """Least squares of y = base + slope * x, as sums."""
+
+    count: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        self.count += 1
+        self.x += x
+        self.y += y
+        self.xx += x * x
+        self.xy += x * y
+
+    @property
+    def slope(self) -> float:
+        spread = self.count * self.xx - self.x * self.x
+        return (self.count * self.xy - self.x * self.y) / spread if spread else 0.0
+
+    @property
+    def base(self) -> float:
+        return (self.y - self.slope * self.x) / self.count if self.count else 0.0
 
 
 @dataclass(slots=True)
@@ -28,16 +55,9 @@ class Costs:
 
     plans_s: list[float] = field(default_factory=list)
     decisions: int = 0
-    heartbeats: int = 0
-    heartbeats_s: float = 0.0
-    shards: int = 0  # told by heartbeats, added or removed
-    delta_shards: int = 0  # of those in larger messages: what a shard costs, not a call
-    delta_s: float = 0.0
+    heartbeats: Line = field(default_factory=Line)  # seconds by shards told, parsing included
     locates: int = 0
     locate_s: float = 0.0
-
-
-LARGE_DELTA = 64  # shards; smaller messages tell the cost of a call, not of a shard
 
 
 class SimulatedManager:
@@ -148,14 +168,8 @@ class SimulatedManager:
         event = messages.heartbeat(request, stream)
         answer = self.core.heartbeat(event, self._clock())
         spent_s = self._stopwatch() - begun_s
-        shards = sum(len(delta.keys) // 32 for delta in (*event.added, *event.removed))
-        costs = self.costs
-        costs.heartbeats += 1
-        costs.heartbeats_s += spent_s
-        costs.shards += shards
-        if shards >= LARGE_DELTA:
-            costs.delta_shards += shards
-            costs.delta_s += spent_s
+        keys_bytes = sum(len(delta.keys) for delta in (*event.added, *event.removed))
+        self.costs.heartbeats.add(keys_bytes // DIGEST_BYTES, spent_s)
         return messages.answer(answer, self.epoch)
 
     def _locate(self, request: control_pb2.LocateRequest) -> control_pb2.LocateResponse:

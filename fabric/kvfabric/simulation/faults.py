@@ -33,7 +33,6 @@ POINTS = (
     "command.recall",
     "command.bring_home",
     "dropped.moved",
-    "dropped.drained",
     "dropped.returned",
     "heartbeat",
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from kvfabric.errors import FabricError
-from kvfabric.simulation.auditor import Auditor, Reads, Violation
+from kvfabric.simulation.auditor import Auditor, Reads, Violation, place_of
 from kvfabric.simulation.faults import ACTIONS, HARMLESS, Cluster, Injector, draw
 from kvfabric.simulation.nodes import Factory, Node, Shape
 from kvfabric.simulation.parameters import LINKS
@@ -144,7 +144,7 @@ class Scenario:
     def _close(self, writer: Writer) -> None:
         self.writers.remove(writer)
         if self._lives(writer):
-            writer.node.close(writer.request)
+            writer.node.close(writer.request, drop=self.random.random() < 0.5)
 
     def _read(self, writer: Writer, *, all_of_it: bool) -> None:
         if not self._lives(writer):
@@ -218,13 +218,7 @@ def search(seed: int, make: Factory) -> Found:
     except Violation as violation:
         found.violation = str(violation)
     except Exception as error:  # a core that raises is a violation, too
-        found.violation = f"{type(error).__name__}: {error}"
-        raise_from = error.__traceback__
-        while raise_from is not None and raise_from.tb_next is not None:
-            raise_from = raise_from.tb_next
-        if raise_from is not None:
-            code = raise_from.tb_frame.f_code
-            found.violation += f" ({code.co_filename}:{raise_from.tb_lineno} {code.co_name})"
+        found.violation = place_of(error)
     found.history = scenario.injector.happened
     found.reached = scenario.injector.reached
     found.reads = scenario.auditor.reads

@@ -37,8 +37,8 @@ class Memory(Protocol):
         the same call later may have more.
         """
 
-    def close(self, request: int) -> None:
-        """Ends a sequence; its blocks are free."""
+    def close(self, request: int, *, drop: bool = True) -> None:
+        """Ends a sequence; its blocks are free, or stay as cache."""
 
     def lent(self) -> Mapping[int, int]:
         """Bytes that lie at other nodes, by their numbers."""
@@ -290,12 +290,16 @@ class Engines:
         served.stalled_since_s = -1.0
 
     def _again(self, node: int, served: Served, now_s: float) -> None:
-        """Its KV is gone; it comes back to the queue's front once it is prefilled."""
+        """Its KV here is gone; it comes back to the queue's front once it is prefilled.
+
+        What was still being brought in is not lost: where it comes from keeps it until then.
+        """
+        whole = served.request.id in self._running[node]
         self._leave(node, served)
         served.preempted += 1
         served.covered = 0
         self._coming += 1
-        prefill_s = served.filled / self._engine.prefill_tokens_per_s
+        prefill_s = served.filled / self._engine.prefill_tokens_per_s if whole else 0.0
 
         def back(served: Served) -> None:
             self._coming -= 1

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvfabric.simulation.auditor import place_of
 from kvfabric.simulation.control import Costs, Stopwatch
 from kvfabric.simulation.nodes import Factory, Shape
 from kvfabric.simulation.parameters import LINKS, Setup
@@ -144,5 +145,5 @@ def _audit(world: World, trial: Trial, names: Sequence[str]) -> None:
     try:
         for name in names:
             world.nodes[name].check()
-    except AssertionError as error:
-        trial.violations.append(f"at {world.simulation.now_s:.2f} s: {error!r}")
+    except Exception as error:
+        trial.violations.append(f"at {world.simulation.now_s:.2f} s: {place_of(error)}")
