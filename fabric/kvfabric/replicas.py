@@ -26,6 +26,7 @@ FRESH_KEYS = 4096  # of them looked at in one round
 SCAN_S = 0.25  # between two slices of the walk over all shards
 SCAN_KEYS = 16_384
 ALARM_S = 600.0  # after a loss, or a change of policy, so long colder cache may go
+QUIET_S = 10.0  # then what was mended counts as one move, and the next is another
 HOT_LOOK_S = 5.0
 HOT_READS_PER_S = 5.0  # of one replica: more, and there should be another
 COOL_SHARE = 0.25  # of that, were one replica less: then there is one too many
@@ -57,6 +58,7 @@ class Replicas:
         self._alarm_s = float("-inf")  # until then
         self._found = 0  # in this walk
         self._moves: dict[Kind, Move] = {}
+        self._busy_s: dict[Kind, float] = {}  # when one of the move's batches was seen last
         self._extra: dict[_Subject, set[NodeId]] = {}
         self._look_s = 0.0
 
@@ -91,7 +93,9 @@ class Replicas:
         for kind, move in list(self._moves.items()):
             if move.ended:
                 del self._moves[kind]
-            elif not any(self._mover.phases(move)):
+            elif any(self._mover.phases(move)):
+                self._busy_s[kind] = now_s
+            elif now_s - self._busy_s.setdefault(kind, now_s) >= QUIET_S:
                 self._mover.close(move, now_s)
 
     def check(self) -> None:
@@ -254,5 +258,6 @@ class Replicas:
         if move is None or move.ended or not move.more:
             if self._mover.full:
                 return None
+            self._busy_s[kind] = now_s
             move = self._moves[kind] = self._mover.begin(kind, now_s, copy=True)
         return move

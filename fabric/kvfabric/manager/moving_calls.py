@@ -31,7 +31,9 @@ class MovingCalls(Calls):
         """To be called once, before anything is served."""
         self._changes = threading.Lock()  # one change of the rules at a time; never within `_lock`
         self._rules_store = RulesStore(self._store)
-        self._rules_store.load(self._core.moving.rules)
+        rules = self._core.moving.rules
+        self._rules_store.load(rules)
+        self._core.cluster.draining.update(rules.drains)
 
     # Moves
 
