@@ -193,6 +193,10 @@ class AsyncRoom:
         given: dict[str, Any] = await self._run(self._room.hand_off, keys, **options)
         return given
 
+    async def address_of(self, node: str, *, timeout_s: float | None = None) -> str:
+        address: str = await self._run(self._room.address_of, node, timeout_s=timeout_s)
+        return address
+
     async def take(
         self, given: Mapping[str, Any], buffers: Sequence[Any], **options: Any
     ) -> list[Status]:

@@ -190,7 +190,8 @@ class Sequence(SequenceReads):
             if not self.writer.unsure:
                 self.writer.home.renew(self.length, deadline)
                 self._note_attempts()
-                self.writer.leaves(deadline)  # also where nobody writes
+                # Also where nobody writes; but others must be renewed too, so nobody waits here.
+                self.writer.leaves(deadline, wait_s=0.0)
             return True
         except (Refused, Conflict):
             return True  # the next write finds out and says so

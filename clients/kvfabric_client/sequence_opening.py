@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfabric.errors import FabricError, Retry, Unreachable
+from kvfabric.errors import Conflict, FabricError, Retry, Unreachable
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import BATCH_KEYS
 from kvfabric_client.blocks import BlockShape
@@ -18,6 +18,8 @@ from kvfabric_client.sequence_home import Home
 if TYPE_CHECKING:
     from kvfabric_client.room import Room
 
+NO_BLOCKS = (1 << 32) - 1  # as the first of those to tell of
+
 
 @dataclass(frozen=True, slots=True)
 class Opening:
@@ -28,12 +30,28 @@ class Opening:
     blocks: Sequence[Sealed]
     idle_s: float
 
-    def at(
-        self, address: str, deadline: Deadline, *, resume: int = 0, but: str = ""
-    ) -> tuple[Home, int]:
+    def again(self, lost: Home, deadline: Deadline) -> Home:
+        """At the node that still has the sequence, whose session with its writer has ended.
+
+        Conflict where another writer has taken it over meanwhile.
+        """
+
+        def call(link: Link) -> Home:
+            link.open(self.room.namespace, self.room.id, deadline.at_s)
+            request = node_pb2.DescribeRequest(sequence=lost.sequence, first_block=NO_BLOCKS)
+            epoch = link.call("describe", request, deadline.at_s).describe_response.epoch
+            if epoch != lost.epoch:
+                raise Conflict(
+                    f"another writer has taken sequence {lost.sequence} over, in epoch {epoch}; "
+                    f"this one is in {lost.epoch}: close it"
+                )
+            return self._open(link, deadline, resume=lost.sequence)[0]
+
+        return self.room.client.at(lost.address, call, deadline)
+
+    def at(self, address: str, deadline: Deadline, *, but: str = "") -> tuple[Home, int]:
         """At one node: its writer's side, and the tokens up to the first block that nobody has.
 
-        `resume`: a sequence that this node still has, whose writer had gone, instead of a new one.
         Retry where this is the node of the name `but`.
         """
 
@@ -41,14 +59,10 @@ class Opening:
             if link.node == but:
                 raise Retry(f"node {but} is to be left")
             link.open(self.room.namespace, self.room.id, deadline.at_s)
-            answer = link.call("open_sequence", self._request(resume), deadline.at_s)
-            opened = answer.open_sequence_response
-            idle_s = opened.idle_ms / 1000 or self.idle_s
-            home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
-            return home, opened.length
+            return self._open(link, deadline)
 
         home, length = self.room.client.at(address, call, deadline)
-        if not resume and length < (self.blocks[-1].end if self.blocks else 0):
+        if length < (self.blocks[-1].end if self.blocks else 0):
             home.truncate(length, deadline)  # what follows a hole is to be computed again
         return home, length
 
@@ -64,6 +78,13 @@ class Opening:
         raise failure or Unreachable(
             "no node takes this sequence; start one with `kvfabric up`, or set KVFABRIC_HOME"
         )
+
+    def _open(self, link: Link, deadline: Deadline, resume: int = 0) -> tuple[Home, int]:
+        answer = link.call("open_sequence", self._request(resume), deadline.at_s)
+        opened = answer.open_sequence_response
+        idle_s = opened.idle_ms / 1000 or self.idle_s
+        home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
+        return home, opened.length
 
     def _request(self, resume: int) -> node_pb2.OpenSequenceRequest:
         shape = self.shape

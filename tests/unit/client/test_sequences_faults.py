@@ -228,6 +228,22 @@ def test_one_that_nobody_writes_to_leaves_a_node_that_is_drained(
         assert eventually(lambda: sequences_of(nodes[0]) == 0)
 
 
+def test_layers_that_differ_keep_a_sequence_where_it_is(
+    writer: Client, nodes: tuple[Node, Node]
+) -> None:
+    prompt, floats = ids(60), kv(60)
+    with writer.open(SPACE).sequence(FORM) as sequence:
+        sequence.append(prompt[:5], floats[0, ..., :5, :], layer=0)
+        _drain(writer, nodes[0])
+        sequence.append(prompt[5:60], floats[0, ..., 5:60, :], layer=0)
+        sequence.append(prompt[:60], floats[1], layer=1)
+        assert sequence.append(prompt[:60], floats[2], layer=2) == 60
+        assert sequence.node == "n0"
+        sequence.append(ids(40, 1), kv(40, seed=1))
+        assert sequence.node == "n1"
+        assert np.array_equal(sequence.read(0, 60), floats)
+
+
 def _drain(client: Client, node: Node) -> None:
     client.manager().drain(node.settings.node, client.deadline(None))
     assert eventually(lambda: bool(core_of(node).draining))
