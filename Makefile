@@ -27,10 +27,10 @@ STUBS_OUT ?= fabric
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint stubs baseline bench clean
+.PHONY: help setup demo test test-faults lint stubs baseline bench clean
 
 help: ## Lists what can be made
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## Makes the virtual environment and installs everything into it
 
@@ -39,6 +39,9 @@ demo: $(READY) ## Two vLLM processes share KV cache through a fabric of two node
 
 test: $(READY) ## Runs all tests, standards and real engines included
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(READY) ## Kills real processes at every step of loans, recalls and moves
+	$(BIN)/python -m pytest tests/faults -m 'faults or exhaustive' $(ARGS)
 
 lint: $(READY) ## Runs only the standards: ruff, mypy, import-linter, buf, stubs, docs
 	$(BIN)/python -m pytest tests/standards $(ARGS)
