@@ -92,13 +92,15 @@ class Puller:
             return
         self._pumping = True
         try:
-            while batches := self.pulls.start(self._clock.now()):
+            now_s = self._clock.now()
+            while batches := self.pulls.start(now_s):
                 for batch in batches:
                     self._start(batch)
+                now_s = self._clock.now()
             self._tell()
         finally:
             self._pumping = False
-        self._set_timer()
+        self._set_timer(now_s)
 
     def _start(self, batch: Batch) -> None:
         keys = self._landing.missing(batch)
@@ -134,11 +136,11 @@ class Puller:
             for told in self._told.pop((order.origin, order.id), []):
                 self._loop.call_soon(told, result)
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, now_s: float) -> None:
+        """`now_s`: when nothing more could be started."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        due_s = self.pulls.due_s()
+        due_s = self.pulls.due_s(now_s)
         if due_s is not None:
-            wait_s = max(0.0, due_s - self._clock.now())
-            self._timer = self._loop.call_later(wait_s, self._pump)
+            self._timer = self._loop.call_later(due_s - now_s, self._pump)

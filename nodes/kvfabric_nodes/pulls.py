@@ -213,10 +213,13 @@ class Pulls:
                 self._start(work, batches)
         return batches
 
-    def due_s(self) -> float | None:
-        """When an order that waits after a failure may go on; None: none waits."""
-        waiting = [w.retry_at_s for w in self._works.values() if w.batch is None and w.failures]
-        return min(waiting, default=None)
+    def due_s(self, now_s: float) -> float | None:
+        """When an order that waits after a failure may go on; None: none waits.
+
+        One that may go on already, but has no place, waits for the end of another's batch.
+        """
+        waiting = (w.retry_at_s for w in self._works.values() if w.batch is None and w.failures)
+        return min((at_s for at_s in waiting if at_s > now_s), default=None)
 
     def ended(
         self,

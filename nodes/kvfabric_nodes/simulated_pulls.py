@@ -181,9 +181,10 @@ class SimulatedPuller:
                 self._core.abort(reservation)
             for told in self._told.pop((result.order.origin, result.order.id), []):
                 told(result)
-        due_s = self.pulls.due_s()
+        now_s = self._now()
+        due_s = self.pulls.due_s(now_s)
         if due_s is not None:
-            self._ground.simulation.after(max(0.01, due_s - self._now()), self.pump)
+            self._ground.simulation.after(max(0.01, due_s - now_s), self.pump)
 
     def _now(self) -> float:
         return self._ground.clock(self._name)

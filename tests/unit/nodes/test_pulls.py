@@ -156,7 +156,7 @@ def test_a_source_that_does_not_answer_is_tried_later_and_later_and_then_given_u
     for wait_s in (1.0, 2.0):
         (batch,) = pulls.start(now_s)
         failed(pulls, batch, now_s)
-        assert pulls.due_s() == now_s + wait_s
+        assert pulls.due_s(now_s) == now_s + wait_s
         assert pulls.start(now_s + wait_s - 0.1) == []
         now_s += wait_s
     (batch,) = pulls.start(now_s)
@@ -164,7 +164,20 @@ def test_a_source_that_does_not_answer_is_tried_later_and_later_and_then_given_u
     (result,) = pulls.results
     assert set(result.outcomes.values()) == {Outcome.FAILED}
     assert result.why == "nobody answers"
-    assert pulls.due_s() is None
+    assert pulls.due_s(now_s) is None
+
+
+def test_who_has_no_place_waits_for_the_end_of_another_and_looks_no_sooner(pulls: Pulls) -> None:
+    for number in range(3):
+        pulls.add(order(number, [number]), 0.0)
+    first, second = pulls.start(0.0)
+    failed(pulls, first)
+    assert pulls.due_s(0.5) == 1.0
+    (third,) = pulls.start(0.5)
+    assert pulls.due_s(1.5) is None  # the first one's time has come, and both places are taken
+    copied(pulls, second, 1.5)
+    assert [batch.order.id for batch in pulls.start(1.5)] == [first.order.id]
+    copied(pulls, third, 1.5)
 
 
 def test_progress_gives_new_patience(pulls: Pulls) -> None:
@@ -173,10 +186,10 @@ def test_progress_gives_new_patience(pulls: Pulls) -> None:
     for number in range(9):
         (batch,) = pulls.start(now_s)
         failed(pulls, batch, now_s)
-        now_s = pulls.due_s() or 0.0
+        now_s = pulls.due_s(now_s) or now_s
         (batch,) = pulls.start(now_s)
         pulls.ended(batch, {key(number): Outcome.COPIED}, 1, "cut off", now_s)
-        now_s = pulls.due_s() or 0.0
+        now_s = pulls.due_s(now_s) or now_s
     assert not pulls.results
 
 
