@@ -85,6 +85,8 @@ class Heartbeat:
                     if why != told:  # once, not at every attempt
                         log.warning("manager_away", why=why, effect="the node goes on alone")
                     told = why
+                except Exception:  # a node without heartbeats would be lost to all others
+                    log.exception("heartbeat_failed", effect="the node registers anew")
                 self.inquiries.connected = False
                 await asyncio.sleep(RETRY_S)
         finally:

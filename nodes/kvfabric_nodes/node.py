@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -208,17 +208,26 @@ class Node:
         )
 
     async def _tick(self, core: NodeCore, metrics: NodeMetrics) -> None:
-        refreshed_s = 0.0
+        """Until cancelled. A part that fails keeps the deadlines of no other part from ending."""
+        parts: dict[str, Callable[[float], None]] = {
+            "core": core.tick,
+            "neighbours": self.neighbours.tick,
+            "sequences": self.sequences.tick,
+            "groups": self.groups.tick,
+            "states": self.states.tick,
+            "metrics": _Seldom(metrics.refresh, REFRESH_S),
+        }
+        failing: set[str] = set()
         while True:
             now_s = self._clock.now()
-            core.tick(now_s)
-            self.neighbours.tick(now_s)
-            self.sequences.tick(now_s)
-            self.groups.tick(now_s)
-            self.states.tick(now_s)
-            if now_s - refreshed_s >= REFRESH_S:
-                metrics.refresh()
-                refreshed_s = now_s
+            for name, part in parts.items():
+                try:
+                    part(now_s)
+                    failing.discard(name)
+                except Exception:
+                    if name not in failing:  # once, not ten times a second
+                        log.exception("tick_failed", part=name)
+                    failing.add(name)
             await asyncio.sleep(TICK_S)
 
     def _open_metrics(self, metrics: NodeMetrics, stack: contextlib.AsyncExitStack) -> None:
@@ -271,6 +280,20 @@ class Node:
             server.listen(sock)
             self.endpoints.tcp_address = f"{host}:{sock.getsockname()[1]}"
         return server
+
+
+class _Seldom:
+    """A call that is not worth making at every tick."""
+
+    def __init__(self, call: Callable[[], object], every_s: float) -> None:
+        self._call = call
+        self._every_s = every_s
+        self._next_s = 0.0
+
+    def __call__(self, now_s: float) -> None:
+        if now_s >= self._next_s:
+            self._next_s = now_s + self._every_s
+            self._call()
 
 
 def own_process() -> None:

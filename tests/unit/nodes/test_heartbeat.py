@@ -196,3 +196,36 @@ def test_the_greatest_epoch_that_was_seen_is_told_at_the_next_registration(
     manager.answer.want_register = True
     poke(node)
     assert manager.registered.get(timeout=DEADLINE_S).epoch == 9
+
+
+def test_a_command_that_makes_the_node_fail_costs_it_one_heartbeat_and_no_more(
+    node: Node, manager: Manager
+) -> None:
+    heartbeat = node.neighbours.heartbeat
+    assert heartbeat is not None
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake in the node")
+
+    heartbeat.obey = fail
+    manager.registered.get(timeout=DEADLINE_S)
+    manager.answer = control_pb2.HeartbeatResponse(epoch=5, commands=[control_pb2.Command(id=1)])
+    poke(node)
+    manager.next()
+    manager.answer = control_pb2.HeartbeatResponse(epoch=5)
+    manager.registered.get(timeout=DEADLINE_S)
+    assert manager.next().full
+
+
+def test_a_part_that_fails_at_its_tick_keeps_no_other_from_going_on(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deadlines would never end, and loans would not be renewed."""
+
+    def fail(_: float) -> None:
+        raise RuntimeError("a mistake in the node")
+
+    monkeypatch.setattr(node.neighbours.commands, "tick", fail)
+    ticks: queue.Queue[float] = queue.Queue()
+    monkeypatch.setattr(node.sequences._idle, "due", lambda now_s: (ticks.put(now_s), ())[1])
+    assert ticks.get(timeout=DEADLINE_S) < ticks.get(timeout=DEADLINE_S)
