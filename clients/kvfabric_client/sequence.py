@@ -8,7 +8,6 @@ one with the same blocks; what was not sealed is lost then, and `length` says so
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
 from array import array
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ class Sequence(SequenceReads):
 
     def __init__(self, writer: Writer) -> None:
         super().__init__(writer)
-        self.used_s = time.monotonic()
         self._tentative: weakref.WeakSet[Sequence] = weakref.WeakSet()
         writer.room.client.renewals.add(self, writer.home.idle_s / 3)
 
@@ -213,7 +211,6 @@ class Sequence(SequenceReads):
     @contextlib.contextmanager
     def _writing(self, timeout_s: float | None) -> Iterator[tuple[Writer, Deadline]]:
         with self._using(timeout_s) as deadline:
-            self.used_s = time.monotonic()
             self._note_attempts()
             yield self.writer, deadline
 

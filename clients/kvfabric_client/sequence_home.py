@@ -7,9 +7,9 @@ A session that has ended took the open blocks along; the sealed ones stay. What 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvfabric.checksums import checksums
 from kvfabric.errors import Broken, Conflict, Unreachable
@@ -24,6 +24,8 @@ from kvfabric_client.tails import Payload, Tails
 
 if TYPE_CHECKING:
     from kvfabric_client.room import Room
+
+T = TypeVar("T")
 
 MAX_UNDER_WAY = 8  # appends of bytes whose answers are awaited
 EXTEND_WAIT_S = 2.0  # how long a node may look for room on other nodes, within the deadline
@@ -80,6 +82,20 @@ class Home:
             return getattr(answer, f"{name}_response")
 
         return self.room.client.at(self.address, call, deadline)
+
+    def within(self, act: Callable[[], T], deadline: Deadline) -> T:
+        """What `act` returns, which touches shared open blocks: these are the writer's only while
+        its session lives, and the client does not end that meanwhile. Unreachable where the
+        session has ended, also where that was while it ran."""
+
+        def run(link: Link) -> T:
+            self._check(link)
+            done = act()
+            if not link.alive():
+                raise Unreachable(f"node {self.node} went away while its memory was used")
+            return done
+
+        return self.room.client.at(self.address, run, deadline)
 
     def extend(self, blocks: int, deadline: Deadline) -> str:
         """Wants so many blocks open in all; answers why there are fewer, if there are."""
@@ -160,7 +176,8 @@ class Home:
         """Clears what follows the first `tokens` of an open block, as a short block has it."""
         if not self.shape.plain:
             return  # only whole blocks are there
-        self.shape.look(self.tails.blocks[index])[..., tokens:, :] = 0
+        rest_of = self.shape.look(self.tails.blocks[index])[..., tokens:, :]
+        self.within(lambda: rest_of.fill(0), deadline)
         if not self.tails.shared:
             rest = Piece(index, tokens, self.shape.block_tokens, length)
             self.append(length, 0, range(self.shape.layers), [rest], deadline)

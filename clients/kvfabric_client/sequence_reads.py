@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry
+from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
 from kvfabric.types import Key, Status
 from kvfabric_client.block_reader import Reader
 from kvfabric_client.blocks import Array, BlockShape, Bytes, layer_range, source_of, target_of
@@ -48,6 +49,7 @@ class SequenceReads:
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
+        self.used_s = time.monotonic()
         self._lock = threading.RLock()
         self.closed = False
 
@@ -100,17 +102,29 @@ class SequenceReads:
             bits = target_of(self.shape, target, len(tokens), len(which))
             pieces = outline.sealed_pieces(tokens.start, tokens.stop)
             blocks = [outline.blocks[piece.index] for piece in pieces]
-            tails = self.writer.home.tails
-            for piece in outline.open_pieces(tokens.start, tokens.stop):
-                self._take(bits, tails.blocks[piece.index], piece, tokens.start, which)
             home = self.writer.home
+            opened = list(outline.open_pieces(tokens.start, tokens.stop))
+
+            def take_opened() -> None:
+                for piece in opened:
+                    block = home.tails.blocks[piece.index]
+                    self._take(bits, block, piece, tokens.start, which)
+
+            lost: list[range] = []
+            if opened and home.tails.shared:
+                try:
+                    home.within(take_opened, deadline)
+                except Unreachable:  # with its session: they may be anybody's by now
+                    lost = [range(piece.start, piece.end) for piece in opened]
+            else:
+                take_opened()
 
         def deliver(index: int, block: Bytes) -> None:
             self._take(bits, block, pieces[index], tokens.start, which)
 
         numbers, keys = [piece.index for piece in pieces], [block.key for block in blocks]
         missing = Reader(home, which).read(numbers, keys, deliver, deadline, verify=verify)
-        return _joined([range(pieces[i].start, pieces[i].end) for i in missing])
+        return _joined([range(pieces[i].start, pieces[i].end) for i in missing] + lost)
 
     def read_blocks(
         self, start: int = 0, end: int | None = None, *, timeout_s: float | None = None
@@ -220,6 +234,7 @@ class SequenceReads:
         try:
             if self.closed:
                 raise Refused("this sequence is closed")
+            self.used_s = time.monotonic()
             yield deadline
         finally:
             self._lock.release()

@@ -88,11 +88,15 @@ class Writer(Seat):
         pieces = list(self.outline.open_pieces(at, end))
         sums: dict[int, list[int]] = {}
         whole = layer is None and self.room.client.checksums
-        for piece in pieces:
-            block = home.tails.blocks[piece.index]
-            source.place(self.shape, block, piece.lo, piece.hi, piece.start - first)
-            if whole and piece.hi - piece.lo == self.shape.block_tokens:  # in the cache now
-                sums[piece.index] = checksums(block.data, self.shape.layers)
+
+        def place() -> None:
+            for piece in pieces:
+                block = home.tails.blocks[piece.index]
+                source.place(self.shape, block, piece.lo, piece.hi, piece.start - first)
+                if whole and piece.hi - piece.lo == self.shape.block_tokens:  # in the cache now
+                    sums[piece.index] = checksums(block.data, self.shape.layers)
+
+        home.within(place, deadline)
         layers = range(self.shape.layers) if layer is None else range(layer, layer + 1)
         self.certainly(lambda: home.append(at, end - at, layers, pieces, deadline))
         self.outline.append(at, ids[at - first : end - first], layer)
