@@ -132,6 +132,7 @@ class Mover:
         added = self._added(move, parts)
         for part in parts:
             batch = self._steps.make(move, namespace, part, source, now_s)
+            batch.destination = self._witness(batch)
             self._batches.begin(batch, now_s)
             self._steps.start_dropping(batch, now_s)
         self._settle(move, now_s)
@@ -178,6 +179,13 @@ class Mover:
                 self._look(batch, now_s)
         for source in sorted(sources):
             self._start(source, now_s)
+
+    def lost(self, node: NodeId, now_s: float) -> None:
+        """The node, or what it held, is gone: drops that counted on it are called back."""
+        for batch in self._batches.under_way():
+            if batch in self._batches and batch.state is MoveState.DROPPING:
+                self._look(batch, now_s)
+        self.heard(node, now_s)
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
@@ -311,6 +319,11 @@ class Mover:
         return True
 
     # Books
+
+    def _witness(self, batch: Batch) -> NodeId | None:
+        """A node that keeps the batch's keys: what becomes of it matters to the batch."""
+        holders = set().union(*self._steps.where(batch).values()) - {batch.source}
+        return min((node for node in holders if sight.takes(self._cluster, node)), default=None)
 
     def _look(self, batch: Batch, now_s: float) -> None:
         self._steps.look(batch, now_s)

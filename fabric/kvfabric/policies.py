@@ -62,6 +62,11 @@ class Rules:
         policy = self._policies.get(namespace) or self._policies.get(None)
         return policy.hot_replicas if policy else 0
 
+    @property
+    def spreads(self) -> bool:
+        """Whether any shards get extra replicas while they are read much."""
+        return any(policy.hot_replicas for policy in self._policies.values())
+
     def counted(self) -> list[NamespaceId | None]:
         """Namespaces whose policy wants more than one replica; None: all without one of theirs."""
         found = [each for each, policy in self._policies.items() if policy.replicas > 1]

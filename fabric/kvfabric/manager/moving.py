@@ -60,7 +60,7 @@ class Moving:
     def lost(self, node: NodeId, now_s: float) -> None:
         self._now_s = now_s
         self.draining.lost(node, now_s)
-        self.mover.heard(node, now_s)
+        self.mover.lost(node, now_s)
         self.replicas.alarm(now_s)
 
     def tick(self, now_s: float) -> None:

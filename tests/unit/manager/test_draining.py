@@ -74,6 +74,29 @@ def test_a_namespace_keeps_its_replica_count() -> None:
     assert all(len(made.holders(number)) == 2 for number in range(200))
 
 
+def test_a_drop_that_was_not_taken_yet_is_called_back_when_the_other_copy_is_lost() -> None:
+    made = fabric()
+    made.put("b", range(200))
+    made.run(1)
+    made.nodes[A].cut_off = True  # for a moment: a's commands wait
+    made.drain("a")
+    made.run(3)
+    assert made.core.cluster.orders.waiting(A)
+    made.nodes[A].next_beat_s = made.now_s + 10
+    made.kill("b")
+    for _ in range(24):  # until b is known to be lost
+        made.core.cluster.members[A].heard_s = made.now_s  # not silent for so long as b
+        made.step()
+    assert not made.holders(1) - {"a"}
+    made.nodes[A].cut_off = False
+    made.nodes[A].next_beat_s = 0.0
+    made.run(1)
+    assert all("a" in made.holders(number) for number in range(200))
+    made.until_empty("a")
+
+    assert all(made.holders(number) == {"c"} for number in range(200))
+
+
 def test_a_leased_shard_is_waited_for() -> None:
     made = fabric()
     made.nodes[A].leased[ROOM, key(1)] = made.now_s + 60
