@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 
 LOCATE_TIMEOUT_S = 0.25  # a match waits for it: better a miss than a late answer
 CALL_TIMEOUT_S = 5.0
+MAX_ENDPOINTS = 4096  # of other nodes, remembered
 
 Runs = list[node_pb2.MatchResponse.Run]
 
@@ -71,9 +72,14 @@ class Inquiries:
     async def endpoints(self, node: str) -> types_pb2.Endpoints | None:
         """How a node is reached, as the manager said last; None: it knows no such node."""
         if node not in self._endpoints:
-            answer = await self._ask("ListNodes", control_pb2.ListNodesRequest())
+            request = control_pb2.ListNodesRequest(nodes=[node], without_stats=True)
+            answer = await self._ask("ListNodes", request)
             if answer is not None:
-                self._endpoints = {n.node: n.endpoints for n in answer.nodes if n.alive}
+                # An older manager tells of all nodes.
+                found = {n.node: n.endpoints for n in answer.nodes if n.alive and n.node == node}
+                self._endpoints |= found
+            while len(self._endpoints) > MAX_ENDPOINTS:
+                del self._endpoints[next(iter(self._endpoints))]
         return self._endpoints.get(node)
 
     def forget(self, node: str) -> None:

@@ -145,13 +145,15 @@ def answer(found: Answer, epoch: int) -> control_pb2.HeartbeatResponse:
     )
 
 
-def node_info(member: Member, cluster: Cluster, now_s: float) -> control_pb2.NodeInfo:
+def node_info(
+    member: Member, cluster: Cluster, now_s: float, without_stats: bool = False
+) -> control_pb2.NodeInfo:
     """One node as operators see it."""
     return control_pb2.NodeInfo(
         node=member.node,
         incarnation=member.incarnation,
         endpoints=member.endpoints,
-        stats=member.stats,
+        stats=None if without_stats else member.stats,
         labels=member.labels,
         alive=member.state is not NodeState.LOST,
         silent_ms=max(0, int((now_s - member.heard_s) * 1000)),

@@ -151,10 +151,11 @@ class ControlService(LendingCalls, MovingCalls, control_pb2_grpc.ControlServiceS
         self, request: control_pb2.ListNodesRequest, context: Any
     ) -> control_pb2.ListNodesResponse:
         with translated(context), self._lock:
-            now_s = self._clock.now()
+            now_s, wanted = self._clock.now(), set(request.nodes)
             nodes = [
-                messages.node_info(member, self._core.cluster, now_s)
+                messages.node_info(member, self._core.cluster, now_s, request.without_stats)
                 for member in self._core.members()
+                if not wanted or member.node in wanted
             ]
         return control_pb2.ListNodesResponse(nodes=nodes, epoch=self._epoch)
 

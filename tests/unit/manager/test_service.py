@@ -156,6 +156,22 @@ def test_operators_see_nodes_and_numbers(stub: control_pb2_grpc.ControlServiceSt
     assert counters["kvfabric_manager_locate_seconds_count"] == 1
 
 
+def test_one_node_is_told_of_without_its_numbers(
+    stub: control_pb2_grpc.ControlServiceStub,
+) -> None:
+    """All that a node asks; all nodes with their numbers would fit no answer."""
+    for name in ("n0", "n1", "n2"):
+        request = registration()
+        request.node = name
+        stub.Register(request, timeout=TIMEOUT_S)
+    asked = pb.ListNodesRequest(nodes=["n1", "n9"], without_stats=True)
+    (listed,) = stub.ListNodes(asked, timeout=TIMEOUT_S).nodes
+    assert listed.node == "n1"
+    assert listed.endpoints == registration().endpoints
+    assert listed.alive
+    assert not listed.HasField("stats")
+
+
 def test_a_fenced_node_learns_the_incarnation_that_is_known(
     stub: control_pb2_grpc.ControlServiceStub,
 ) -> None:

@@ -1501,12 +1501,23 @@ Global___ListPlansResponse: _TypeAlias = ListPlansResponse  # noqa: Y015
 class ListNodesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NODES_FIELD_NUMBER: _builtins.int
+    WITHOUT_STATS_FIELD_NUMBER: _builtins.int
+    without_stats: _builtins.bool
+    """of a thousand nodes they fit no answer"""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """only these; none: all"""
+
     def __init__(
         self,
+        *,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        without_stats: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "without_stats", b"without_stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
