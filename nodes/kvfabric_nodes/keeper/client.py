@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 START_S = 10.0  # for a new keeper to listen
 ANSWER_S = 5.0  # between two pieces of what it hands over
+HANDOVERS = 3  # attempts: on a busy machine either side may be too slow for the other
 OTHER_ENDS_S = 3.0  # for an rManager that was killed to be gone
 END_S = 5.0
 RETRY_S = 0.05
@@ -108,6 +109,7 @@ def take_over(node: str, path: Path, keep_s: float) -> tuple[KeeperLink, Held]:
     Raises Conflict where another rManager has it, Unreachable where none can be started.
     """
     until_s = time.monotonic() + OTHER_ENDS_S
+    attempts = HANDOVERS
     while True:
         sock = _connect(path)
         if sock is None:
@@ -127,6 +129,11 @@ def take_over(node: str, path: Path, keep_s: float) -> tuple[KeeperLink, Held]:
                 ) from error
             time.sleep(RETRY_S)
         except (OSError, ValueError) as error:
+            attempts -= 1
+            if attempts > 0 and isinstance(error, OSError):
+                log.warning("keeper_asked_again", why=str(error) or "no answer")
+                link.close()
+                continue
             # Better a node without what it held than none.
             log.warning("keeper_killed", why=str(error) or "no answer", effect="it is started anew")
             link.kill()
@@ -190,7 +197,7 @@ def _receive_all(sock: socket.socket) -> Held:
                 elif op is Op.PUT:
                     key, record = process.unpack_put(body)
                     held.table[key] = record
-        raise ValueError("it ended while it handed over what it held")
+        raise ConnectionAbortedError("it broke off while it handed over what it held")
     except BaseException:
         held.close()
         raise

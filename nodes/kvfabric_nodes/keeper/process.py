@@ -32,6 +32,7 @@ MAX_BODY_BYTES = 16 << 20
 RECEIVE_BYTES = 256 << 10
 BATCH_BYTES = 64 << 10
 MAX_DESCRIPTORS = 64  # per message
+ACCEPT_PAUSE_S = 0.1  # after a connection that could not be accepted
 HELLO_S = 2.0  # for an rManager that has connected to say so
 HANDOVER_S = 30.0  # for it to take in the next piece of what is kept
 _UCRED = struct.Struct("3i")
@@ -181,7 +182,12 @@ class Keeper:
 
     def _admit(self) -> None:
         """Hands everything over to a new rManager, if the one before it is gone."""
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:  # out of descriptors, most likely: what is kept is worth more
+            log("keeper_accepts_nobody", why=str(error))
+            time.sleep(ACCEPT_PAUSE_S)
+            return
         pid, uid = peer_of(sock)
         if self._owner is not None:
             self._read()  # it may have died a moment ago

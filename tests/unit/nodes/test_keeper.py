@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -206,6 +207,41 @@ def test_a_keeper_that_is_stopped_is_not_waited_for(
     assert again.pid != link.pid
     assert held == Held({}, {})
     again.end()
+
+
+def test_a_keeper_that_was_too_slow_once_keeps_what_it_has(
+    take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, _ = take()
+    link.send(process.put(b"key", b"record"))
+    link.close()
+    slow = iter((TimeoutError(), ConnectionAbortedError()))
+
+    real = client._receive_all
+
+    def receive_all(sock: socket.socket) -> Held:
+        if (error := next(slow, None)) is not None:
+            raise error
+        return real(sock)
+
+    monkeypatch.setattr(client, "_receive_all", receive_all)
+    again, held = take()
+    assert again.pid == link.pid
+    assert held.table.keys() == {b"key"}
+    again.end()
+
+
+def test_a_keeper_without_descriptors_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(process, "ACCEPT_PAUSE_S", 0.0)
+    with Listener(socket.AF_UNIX) as listener:
+        keeper = process.Keeper(listener, KEEP_S)
+        keeper.table[b"key"] = b"record"
+        keeper._admit()
+        assert keeper.table == {b"key": b"record"}
 
 
 def test_an_inbox_takes_pieces_of_any_size() -> None:
