@@ -240,6 +240,13 @@ class Mover:
                 return True
         if not sight.live(self._cluster, batch.source):
             return self._wait(batch, now_s, f"{batch.source} is not in touch")
+        self._part(batch, now_s)
+        if batch.may_give_up and (witness := self._witness(batch)):
+            batch.destination = witness  # it lies well elsewhere by now
+            self._batches.begin(batch, now_s)
+            self._steps.start_dropping(batch, now_s)
+            self._settle(move, now_s)
+            return True
         if not self._loads.gives(batch) or (move.bytes_per_s and move.paid_until_s > now_s):
             return False
         destination = self._choose(batch, set().union(*self._steps.where(batch).values()), now_s)
@@ -285,6 +292,18 @@ class Mover:
                 return None
         self._without_room(batch, now_s)
         return None
+
+    def _part(self, batch: Batch, now_s: float) -> None:
+        """Keys that lie at other nodes than the first one does are batches of their own."""
+        where = self._steps.where(batch)
+        alike: dict[frozenset[NodeId], list[Key]] = {}
+        for key in batch.keys:
+            alike.setdefault(frozenset(where[key]), []).append(key)
+        for keys in list(alike.values())[1:]:
+            shard_bytes = batch.size_bytes // len(batch.keys)
+            self._batches.release(batch, keys)
+            batch.size_bytes = shard_bytes * len(batch.keys)
+            self._steps.again(batch, keys, batch.source, now_s)
 
     def _room_bytes(self, node: NodeId) -> int:
         """Free, and not taken up by what is on its way there."""
