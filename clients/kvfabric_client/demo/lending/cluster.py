@@ -23,8 +23,9 @@ HOME = "home"
 LENDERS = ("east", "west", "south")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
-# A tenth of the usual times, so that a person can watch loans and losses as they happen.
+# A fraction of the usual times, so that a person can watch loans and losses as they happen.
 MANAGER_OPTIONS = ("--heartbeat-ms", "100", "--silence-ms", "2000")
+NODE_OPTIONS = ("--loan-s", "3", "--recall-s", "3")
 
 
 class Process:
@@ -110,6 +111,7 @@ def cluster(
                 [
                     *("--node", name, "--memory", str(memory), "--segment", str(segment_bytes)),
                     *("--runtime-dir", str(runtime_dir), "--manager", manager.line["manager"]),
+                    *NODE_OPTIONS,
                     *("--keeper", "false"),  # what is killed here is to stay dead
                 ],
                 logs / f"{name}.log",
