@@ -214,11 +214,21 @@ class Home:
                 f"{answer.reasons[sealed] or statuses[sealed].name}; close the sequence"
             )
 
-    def describe(self, deadline: Deadline, blocks: range | None = None) -> Description:
-        """How it stands, with these of its sealed blocks (None: all), page by page."""
+    def describe(
+        self, deadline: Deadline, blocks: range | None = None, *, settle: bool = False
+    ) -> Description:
+        """How it stands, with these of its sealed blocks (None: all), page by page.
+
+        `settle`: what is still under way of earlier calls does nothing any more.
+        """
         first, end = (blocks.start, blocks.stop) if blocks is not None else (0, None)
-        request = node_pb2.DescribeRequest(sequence=self.sequence, first_block=first)
+        request = node_pb2.DescribeRequest(
+            sequence=self.sequence, first_block=first, settle=self.epoch if settle else 0
+        )
         said: node_pb2.DescribeResponse = self.call("describe", request, deadline)
+        request.settle = 0
+        if said.settled:
+            self.epoch = said.epoch
         keys, tokens, places = list(said.keys), list(said.tokens), _places(said)
         while first + len(keys) < min(said.blocks, said.blocks if end is None else end):
             request.first_block = first + len(keys)

@@ -100,7 +100,7 @@ class Seat:
     def _agree(self, deadline: Deadline) -> None:
         """Asks the node how it stands. What it took of an append whose answer was lost is taken
         back, for the caller repeats it. Conflict where somebody else has become the writer."""
-        said = self.home.describe(deadline)
+        said = self.home.describe(deadline, settle=True)
         if said.epoch != self.home.epoch:
             raise Conflict(
                 f"another writer has taken sequence {self.home.sequence} over, in epoch "

@@ -68,6 +68,7 @@ class OpenSequence:
     deadline_s: float  # ends by itself then
     root: OpenSequence | None = None  # of a tentative fork: what it is an attempt at
     epoch: int = 1  # of its writer
+    settled: int = 0  # the epoch that a writer ended last, for a next one of its own
     blocks: list[Block] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # of each block: the position behind it
     tails: list[Tail] = field(default_factory=list)

@@ -334,6 +334,8 @@ class SequenceCalls:
         response: node_pb2.DescribeResponse,
     ) -> None:
         sequence = self.sequences.find(session, request.sequence, self._now())
+        if request.settle:
+            response.settled = self.sequences.settle(session, sequence, request.settle)
         response.length = sequence.length
         response.epoch = sequence.epoch
         response.block_tokens = sequence.shape.block_tokens

@@ -160,6 +160,16 @@ class Sequences:
             )
         return sequence
 
+    def settle(self, session: Session, sequence: OpenSequence, epoch: int) -> bool:
+        """Ends the writer's epoch, and begins its next one: calls that it gave up waiting for may
+        still come, and would give open blocks back to which it writes. False: not its writer.
+        """
+        if sequence.session is not session:
+            return False
+        if sequence.epoch == epoch:
+            sequence.settled, sequence.epoch = epoch, epoch + 1
+        return (sequence.settled, sequence.epoch) == (epoch, epoch + 1)  # maybe before
+
     def touch(self, sequence: OpenSequence, now_s: float) -> None:
         sequence.deadline_s = now_s + sequence.idle_s
         if sequence.root is not None:

@@ -181,6 +181,28 @@ def test_a_new_writer_fences_the_old_one(link: Any) -> None:
     new.put(2)
 
 
+def test_a_writer_settles_what_it_gave_up_and_nobody_else_does(node: Node, link: Any) -> None:
+    writer = Writer(link)
+    writer.call("Extend", blocks=2)
+    writer.write(1)
+    ask = node_pb2.DescribeRequest(sequence=writer.id, settle=writer.epoch)
+    with contextlib.closing(Wire(node)) as other:
+        said = other.call("Describe", ask)
+        assert (said.settled, said.epoch) == (False, writer.epoch)
+
+    for _ in range(2):  # its answer may be lost, too
+        said = link.call("Describe", ask)
+        assert (said.settled, said.epoch) == (True, writer.epoch + 1)
+    assert (said.length, len(said.tails.segments)) == (TOKENS, 2)
+    with pytest.raises((Conflict, grpc.RpcError), match="not its writer"):
+        writer.call("Truncate", tokens=0)
+    writer.epoch = said.epoch
+    assert writer.seal(1) == [Status.OK]
+    heir = Writer(link, resume=writer.id)  # of the same session
+    said = link.call("Describe", ask)
+    assert (said.settled, said.epoch) == (False, heir.epoch)
+
+
 def test_a_sequence_begins_with_what_is_held_up_to_the_first_miss(link: Any) -> None:
     Writer(link).put(1, 2, 4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import kvfabric_client
 from kvfabric.errors import Conflict, DeadlineExceeded, Retry
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
+from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Namespace
 from kvfabric_client import Client, Room
+from kvfabric_client.deadline import Deadline
 from kvfabric_nodes.node import Node
 
 from .conftest import Start, address, core_of
@@ -59,6 +62,33 @@ def test_a_call_whose_answer_comes_too_late_may_be_repeated(
         sequence.writer.outline.check()
         assert np.array_equal(sequence.read(), floats)
         assert list(sequence.token_ids) == prompt
+
+
+def test_a_call_that_was_given_up_and_comes_later_still_does_nothing(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may wait for room, or in a socket; open blocks that it gives back are written to."""
+    prompt, floats = ids(60), kv(60)
+    with room.sequence(FORM) as sequence:
+        sequence.append(prompt[:50], floats[..., :50, :])
+        home = sequence.writer.home
+        call = home.call
+        given_up: list[node_pb2.TruncateRequest] = []
+
+        def lost(called: str, request: Any, deadline: Deadline) -> Any:
+            if called != "truncate":
+                return call(called, request, deadline)
+            given_up.append(request)
+            raise DeadlineExceeded("it is still on its way")
+
+        monkeypatch.setattr(home, "call", lost)
+        with pytest.raises(DeadlineExceeded):
+            sequence.truncate(5)
+        sequence.append(prompt[50:], floats[..., 50:, :])
+        with pytest.raises(Conflict, match="not its writer"):
+            call("truncate", given_up[0], Deadline.after(10.0))
+        assert np.array_equal(sequence.read(), floats)
+        sequence.append([1], kv(1))
 
 
 def test_an_append_that_a_stalled_node_did_not_answer_is_repeated_by_its_start(

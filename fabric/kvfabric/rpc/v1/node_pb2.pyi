@@ -1348,18 +1348,24 @@ class DescribeRequest(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    SETTLE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     first_block: _builtins.int
     """of those to tell of; an answer has 8,192 at most"""
+    settle: _builtins.int
+    """Of its writer, who gave up waiting for a call: his epoch, which ends, so that whatever of his
+    is still under way, or comes late, does nothing any more. Safe to repeat.
+    """
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         first_block: _builtins.int = ...,
+        settle: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "sequence", b"sequence", "settle", b"settle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1379,11 +1385,14 @@ class DescribeResponse(_message.Message):
     VISIBLE_FIELD_NUMBER: _builtins.int
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
     length: _builtins.int
     epoch: _builtins.int
     block_tokens: _builtins.int
     blocks: _builtins.int
     """sealed ones in all"""
+    settled: _builtins.bool
+    """the epoch is a new one, of the same writer"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """sealed blocks, from first_block on"""
@@ -1417,10 +1426,11 @@ class DescribeResponse(_message.Message):
         visible: _abc.Iterable[_builtins.int] | None = ...,
         block_tokens: _builtins.int = ...,
         blocks: _builtins.int = ...,
+        settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tails", b"tails"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "epoch", b"epoch", "keys", b"keys", "length", b"length", "nodes", b"nodes", "place", b"place", "tails", b"tails", "tokens", b"tokens", "visible", b"visible"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "epoch", b"epoch", "keys", b"keys", "length", b"length", "nodes", b"nodes", "place", b"place", "settled", b"settled", "tails", b"tails", "tokens", b"tokens", "visible", b"visible"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
