@@ -148,6 +148,7 @@ class Batch:
     tries: int = 0
     bytes_per_s: int = 0  # its share of the move's rate, as it was told first
     command: int = 0  # the latest that was posted
+    resent: bool = False  # it is not the first of its step
     shunned: set[NodeId] = field(default_factory=set)  # where it did not work
 
     def to(self, state: MoveState) -> None:

@@ -201,6 +201,7 @@ class Steps:
             if not self._may_drop(batch, where[key]):
                 raise Broken(f"{batch.source} has the last good copy of {key.hex()}: a bug")
         why = f"{batch.move.kind} {batch.move.number}"
+        batch.resent = batch.command != 0
         command = control_pb2.Command(
             why=f"{why}: no room elsewhere" if batch.given_up else why,
             drop=control_pb2.Command.Drop(
@@ -240,9 +241,9 @@ class Steps:
         A drop that was taken already cannot be: until it is void its keys are in no new batch,
         which might count on the replica that is about to go.
         """
-        if batch.command and batch.keys:
+        if batch.command and (batch.keys or batch.resent):
             self._cluster.orders.withdraw([batch.command])
-            if batch.state is MoveState.DROPPING:
+            if batch.state is MoveState.DROPPING and batch.keys:
                 self._batches.linger(batch, batch.due_s + DROP_LIFE_S)
         self._loads.release(batch)
         self._batches.end(batch, state)

@@ -297,10 +297,12 @@ class SmallFabric:
         node.want_register |= told.want_register
         node.draining = told.draining
         for command in told.commands:
+            due_s = self.now_s + self.chance.random() * self.delay_s
             for _ in range(2 if self.chance.random() < self.doubled_share else 1):
                 if self.chance.random() >= self.lost_share:
-                    due_s = self.now_s + self.chance.random() * self.delay_s
                     node.todo.append((due_s, self.now_s, command))
+                if not command.HasField("drop"):  # one that waits is for the shard that was there
+                    due_s = self.now_s + self.chance.random() * self.delay_s
 
     def _heat(self, node: SmallNode) -> control_pb2.Heat | None:
         heat, node.heat = node.heat, {}
