@@ -78,6 +78,7 @@ class SimulatedNode:
         self.memory.sought = self.carry_out
         self.memory.asked = lambda size_bytes: self._begin(self._ask_what_is_left(size_bytes))
         self._metrics = _Metrics(name, self.incarnation, self.core)
+        self._metrics.lend_cap_bytes = cap
         self._reports = Reports(self.core, self._metrics, name)
         self._reports.loans = self.lending.loans
         self._reports.sequences = self.sequences.columns
@@ -433,7 +434,10 @@ class _Metrics(NodeMetrics):
 
     def stats(self) -> types_pb2.NodeStats:
         return types_pb2.NodeStats(
-            node=self._node, incarnation=self.incarnation, tiers=[self._tier()]
+            node=self._node,
+            incarnation=self.incarnation,
+            tiers=[self._tier()],
+            lend_cap_bytes=self.lend_cap_bytes,
         )
 
 

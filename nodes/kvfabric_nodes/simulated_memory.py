@@ -197,7 +197,9 @@ class SimulatedMemory:
         return count
 
     def _free_blocks(self) -> int:
-        return self._core.free_bytes // self._shape.block_bytes
+        """Free ones, and cache that nobody needs: a reservation evicts it."""
+        cached_bytes = self._core.shards.size_bytes - self._core.shards.claimed_bytes
+        return (self._core.free_bytes + cached_bytes) // self._shape.block_bytes
 
     def _seeking(self) -> bool:
         return self._room is not None and self._room.waiting

@@ -27,7 +27,7 @@ class Workload(enum.StrEnum):
 def simulate(
     nodes: Annotated[int, typer.Option(min=2, max=4096, help="Instances, each with a node.")] = 16,
     sequences: Annotated[
-        int, typer.Option(min=0, help="Requests over the run; 0: 500 for each node.")
+        int, typer.Option(min=0, help="Requests over the run; 0: 1,000 a node, 100,000 at most.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="One seed, one history.")] = 1,
     workload: Annotated[
@@ -57,7 +57,8 @@ def simulate(
     if faults:
         _search(seed, minutes, json_file)
         return
-    _measure(nodes, sequences or 500 * nodes, seed, workload, block_tokens, json_file, png)
+    count = sequences or min(1000 * nodes, 100_000)
+    _measure(nodes, count, seed, workload, block_tokens, json_file, png)
 
 
 def _measure(

@@ -19,11 +19,11 @@ Written down before the planner was tuned, and the same with and without lending
 | long requests | 8 in 1,000: prompt log-uniform, 220k to 300k: fits an | Infinite-LLM: up to |
 | | instance, but not twice; output as of the short ones | 2000k tokens; the range is ours |
 | uniform lengths | all: prompt 3,500, output 338, which fills most of the memory | ours |
-| longest requests | 1 in 20,000: prompt 500k to 1M, more than an instance holds | likewise |
+| longest requests | 1 in 100,000: prompt 500k to 1M, more than an instance holds | likewise |
 | where they arrive | short ones at all instances, long ones at every second: some have | assumed |
 | | the clients with long documents, and engines keep to their clients | |
-| arrivals | Poisson, 8.5 a second and instance: two thirds of what it could decode | assumed |
-| lent at most | half of a node's memory | the nodes' default |
+| arrivals | Poisson, 9 a second and instance: two thirds of what it could decode | assumed |
+| lent at most | 0.7 of a node's memory | short requests leave more than that free |
 | counted | after a quarter of the time, in which the instances fill | |
 
 Attention over lent KV is computed where the KV lies (DistAttention), so a creditor pays for
@@ -149,11 +149,11 @@ OUTPUT = Lengths("log-normal", 250, 338, most=2048)
 MIXED = Workload(
     "mixed",
     (
-        Kind("longest", 0.00005, Lengths("log-uniform", 500_000, 1_000_000), OUTPUT, 0.5),
+        Kind("longest", 0.00001, Lengths("log-uniform", 500_000, 1_000_000), OUTPUT, 0.5),
         Kind("long", 0.008, Lengths("log-uniform", 220_000, 300_000), OUTPUT, 0.5),
         Kind("short", 1.0, SHORT_PROMPT, OUTPUT),
     ),
-    per_second=8.5,
+    per_second=9.0,
 )
 UNIFORM = Workload(
     "uniform",
@@ -177,7 +177,7 @@ class Setup:
     quantum_s: float = 0.25  # engines are looked at so often
     heartbeat_s: float = 0.5
     silence_s: float = 5.0
-    cap_share: float = 0.5  # of its memory, which a node lends at most
+    cap_share: float = 0.7  # of its memory, which a node lends at most
     patience_s: float = 4.0  # how long room is sought at other nodes before somebody has to go
     nodes_per_host: int = 2
     hosts_per_rack: int = 8
