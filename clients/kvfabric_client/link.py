@@ -134,6 +134,14 @@ class Link:
                 abort = node_pb2.AbortRequest(reservation=frame.reserve_response.reservation)
                 with contextlib.suppress(FabricError):
                     connection.tell("abort", abort, time.monotonic() + RELEASE_TIMEOUT_S)
+            for opened in (frame.open_sequence_response, frame.fork_response):
+                # One that was resumed, in a later epoch, may be resumed again.
+                if opened.sequence and opened.epoch == 1 and not connection.closed:
+                    close = node_pb2.CloseSequenceRequest(sequence=opened.sequence, epoch=1)
+                    with contextlib.suppress(FabricError):
+                        connection.tell(
+                            "close_sequence", close, time.monotonic() + RELEASE_TIMEOUT_S
+                        )
 
     def _borrow(self, deadline_s: float) -> Connection:
         with self._lock:

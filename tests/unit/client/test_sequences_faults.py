@@ -15,7 +15,7 @@ from kvfabric.errors import Conflict, DeadlineExceeded, Retry
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.rpc.v1 import node_pb2
-from kvfabric.types import Namespace
+from kvfabric.types import Key, Namespace
 from kvfabric_client import Client, Room
 from kvfabric_client.deadline import Deadline
 from kvfabric_nodes.node import Node
@@ -88,6 +88,21 @@ def test_a_call_that_was_given_up_and_comes_later_still_does_nothing(
         with pytest.raises(Conflict, match="not its writer"):
             call("truncate", given_up[0], Deadline.after(10.0))
         assert np.array_equal(sequence.read(), floats)
+        sequence.append([1], kv(1))
+
+
+def test_a_fork_that_came_too_late_is_closed(room: Room, node: Node) -> None:
+    """Its open block would be nobody's until the session ends."""
+    with room.sequence(FORM) as sequence:
+        sequence.append(ids(20), kv(20))
+        with stalled(node), pytest.raises(DeadlineExceeded):
+            sequence.fork(timeout_s=0.2)
+
+        def closed() -> bool:
+            room.match([Key(bytes(32))])  # whatever call is next finds the answer
+            return sequences_of(node) == 1
+
+        assert eventually(closed)
         sequence.append([1], kv(1))
 
 
