@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfabric.errors import Broken, Refused
-from kvfabric.loans import ENDED, COUNTED, TRANSITIONS, Loan, LoanState, from_columns, move, to_columns
+from kvfabric.loans import (
+    COUNTED,
+    ENDED,
+    TRANSITIONS,
+    Loan,
+    LoanState,
+    from_columns,
+    move,
+    to_columns,
+)
 from kvfabric.rpc.v1 import control_pb2
 
 NAMES = st.sampled_from(["node-0", "node-1", "node-2"])
