@@ -34,6 +34,7 @@ class Credit:
     reason: str = ""  # why some keys are not lent
     keys: dict[Key, int] = field(default_factory=dict)  # with their slots' bytes
     coming: set[Key] = field(default_factory=set)  # those whose bytes are not here yet
+    unwanted: set[Key] = field(default_factory=set)  # returned on their way: not to stay as cache
     size_bytes: int = 0
     order_id: int = 0  # of the fetch under way
     keep_bytes: int | None = None  # while recalled: what may stay

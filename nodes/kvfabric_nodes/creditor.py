@@ -108,6 +108,8 @@ class Creditor:
         keys = [Key(key) for key in request.keys] or list(credit.keys)
         for key in keys:
             if key in credit.keys:
+                if request.drop and key in credit.coming:
+                    credit.unwanted.add(key)
                 self._book.let_go(credit, key, "returned", f"by {credit.debtor}", now_s)
                 shard = self._core.shards.get(credit.namespace, key)
                 if request.drop and shard is not None and self._unneeded(shard):
@@ -219,6 +221,11 @@ class Creditor:
         for key in order.keys:
             if key in credit.coming:
                 self._book.let_go(credit, key, "not fetched", why or "see the source", now_s)
+        for key in sorted(credit.unwanted):
+            shard = self._core.shards.get(credit.namespace, key)
+            if shard is not None and self._unneeded(shard):
+                self._core.drop(shard, "returned", f"by {credit.debtor}", now_s)
+        credit.unwanted.clear()
         self._book.settle(credit, LoanState.VOID, f"nothing came: {why}", now_s)
 
     def _status(self, credit: Credit, key: Key) -> Status:
