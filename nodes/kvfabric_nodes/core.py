@@ -13,6 +13,7 @@ meanwhile it is quarantined.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,6 +37,7 @@ from kvfabric_nodes.shards import Shard, Shards
 from kvfabric_nodes.story import Story
 
 NO_KEY = Key(b"")  # of an open block, before it is sealed
+EXPIRED_AT_ONCE = 1024  # shards: some milliseconds; the others at the next tick
 HEAT_READS = 3  # below, a shard is not worth telling of
 
 
@@ -70,7 +72,8 @@ class NodeCore:
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
         self._writing: dict[tuple[NamespaceId, Key], Reservation] = {}
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines()  # of reservations and leases
+        self._lives = Deadlines()  # of shards
         self._ids = 0
         self._tenants: dict[NamespaceId, str] = {}
         self._eviction = Eviction(extents, self.shards, self.drop)
@@ -99,7 +102,7 @@ class NodeCore:
             told(namespace, key, now_s)
         shard = self.shards.get(namespace, key)
         if shard is not None and shard.expires_s is not None and shard.expires_s <= now_s:
-            self._deadlines.add(now_s, shard)
+            self._lives.add(now_s, shard)
 
     def open_namespaces(self, session: Session, namespaces: Iterable[NamespaceId]) -> None:
         """The session may use these from now on; they belong to its tenant."""
@@ -355,7 +358,7 @@ class NodeCore:
         self.shards.add(shard)
         self._report_added(shard)
         if shard.expires_s is not None:
-            self._deadlines.add(shard.expires_s, shard)
+            self._lives.add(shard.expires_s, shard)
         self.story.note(now_s, shard.namespace, shard.key, what, why)
         for told in self.on_sealed:
             told(shard, now_s)
@@ -514,7 +517,7 @@ class NodeCore:
         for key in keys:
             shard = self.shards.get(namespace, key)
             if shard is not None and shard.expires_s is not None and shard.expires_s <= now_s:
-                self._deadlines.add(now_s, shard)  # its time came while it was pinned
+                self._lives.add(now_s, shard)  # its time came while it was pinned
         return statuses
 
     def _set_pins(
@@ -578,15 +581,16 @@ class NodeCore:
     # Time -----------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
-        """Ends every promise whose deadline has passed."""
+        """Ends every promise whose deadline has passed, and of many shards the first."""
         for deadline_s, promise in self._deadlines.due(now_s):
             if isinstance(promise, Reservation):
                 self._expire_reservation(promise)
-            elif isinstance(promise, Lease):
-                if promise.deadline_s <= deadline_s:  # else it was renewed
-                    self._expire_lease(promise)
-            elif not promise.pinned and not self.shards.claimed(promise):
-                self.drop(promise, "expired", "its time to live ended", now_s)
+            elif isinstance(promise, Lease) and promise.deadline_s <= deadline_s:
+                self._expire_lease(promise)  # else it was renewed
+        for _, shard in itertools.islice(self._lives.due(now_s), EXPIRED_AT_ONCE):
+            assert isinstance(shard, Shard)
+            if not shard.pinned and not self.shards.claimed(shard):
+                self.drop(shard, "expired", "its time to live ended", now_s)
 
     # The books ------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.core import EXPIRED_AT_ONCE, NodeCore
 from kvfabric_nodes.deadlines import SWEEP_ENTRIES
 from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.shards import SWEEP_ENTRIES as GONE_ENTRIES
@@ -45,14 +45,36 @@ def test_released_leases_do_not_wait_for_their_deadline() -> None:
 
 def test_unpinning_again_and_again_adds_no_deadlines(desk: Desk, keys: Keys) -> None:
     desk.put(keys(1), ttl_s=60.0)
-    before = len(desk.core._deadlines)
+    before = len(desk.core._lives)
     for _ in range(100):
         desk.core.pin(desk.session, desk.namespace, keys(1))
         desk.core.unpin(desk.session, desk.namespace, keys(1), desk.now_s)
-    assert len(desk.core._deadlines) == before
+    assert len(desk.core._lives) == before
 
     desk.wait(60.0)
     assert desk.holds(keys(1)) == [False]
+
+
+def test_many_shards_whose_time_ends_at_once_hold_nobody_up() -> None:
+    core = NodeCore(Extents(8, 1 << 20))
+    session = core.open_session("default", "default")
+    core.open_namespaces(session, [ROOM])
+    keys = [Key(number.to_bytes(32, "big")) for number in range(2 * EXPIRED_AT_ONCE + 1)]
+    for key in keys:
+        reservation, _ = core.reserve(session, ROOM, [key], [None], [64], 1, 30.0, 5.0, 0.0)
+        assert reservation is not None
+        core.seal(reservation, 0, [1], 0.0)
+    lease, _ = core.acquire(session, ROOM, keys[-1:], 4.0, 0.0)
+    assert lease is not None
+
+    left = []
+    while core.shards.count:
+        core.tick(5.0)
+        assert lease.expired  # what binds somebody ends in time
+        left.append(core.shards.count)
+    assert left == [EXPIRED_AT_ONCE + 1, 1, 0]
+    core.release(session, [lease.id])
+    core.check()
 
 
 def test_shards_that_ended_without_an_eviction_are_forgotten(desk: Desk, keys: Keys) -> None:
