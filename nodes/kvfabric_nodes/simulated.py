@@ -177,6 +177,9 @@ class SimulatedNode:
     def used_bytes(self) -> int:
         return self.shape.capacity_bytes - self.core.free_bytes
 
+    def cached_bytes(self) -> int:
+        return self.core.shards.size_bytes - self.core.shards.claimed_bytes
+
     def lent_bytes(self) -> int:
         return self.lending.lent_bytes
 

@@ -104,6 +104,9 @@ class Node(Memory, Protocol):
 
     def used_bytes(self) -> int: ...
 
+    def cached_bytes(self) -> int:
+        """Of sealed shards that nobody needs."""
+
     def lent_bytes(self) -> int: ...
 
     def borrowed_bytes(self) -> int: ...

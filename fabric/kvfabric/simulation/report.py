@@ -35,6 +35,7 @@ def figures(trial: Trial) -> dict[str, Any]:
         "memory_imbalance": trial.imbalance,
         "moved_bytes": trial.moved_bytes,
         "lent_bytes": trial.lent_bytes,
+        "cached_bytes_at_end": trial.cached_bytes,
         "open_sequences": trial.open_sequences,
         "directory_keys": trial.directory_keys,
         "plans": len(costs.plans_s),

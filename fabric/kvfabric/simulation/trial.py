@@ -35,6 +35,7 @@ class Trial:
     fills: list[list[float]] = field(default_factory=list)  # per sample: used share per node
     sample_s: float = 1.0
     moved_bytes: int = 0
+    cached_bytes: int = 0  # what nobody needs, at the end
     lent_bytes: int = 0  # at the most, of all nodes together
     directory_keys: int = 0  # at the most
     open_sequences: int = 0  # at the most
@@ -125,6 +126,7 @@ def run(
         _audit(world, trial, world.names[first : first + AUDITED])
     _audit(world, trial, world.names)
     trial.moved_bytes = sum(node.copied_bytes() for node in world.nodes.values())
+    trial.cached_bytes = sum(node.cached_bytes() for node in world.nodes.values())
     trial.waiting = sum(map(len, engines.queues))
     trial.digest = simulation.digest()
     simulation.close()

@@ -38,6 +38,11 @@ def test_lending_serves_more_of_a_mixed_workload_with_books_that_are_right(
     assert lending.waiting < without.waiting
 
 
+def test_what_was_lent_for_requests_that_ended_is_gone(trials: list[Trial]) -> None:
+    """They dropped their KV; none of it stays at creditors as cache."""
+    assert trials[1].cached_bytes == 0
+
+
 def test_a_seed_repeats_its_run(trials: list[Trial]) -> None:
     again = trial.run(replace(SMALL, lending=True), factory())
     assert again.digest == trials[1].digest
