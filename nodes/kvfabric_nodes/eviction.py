@@ -3,7 +3,8 @@
 Demand shifts between shard sizes, and between tenants. A sub-pool whose own coldest shard
 is not the coldest of all looks for a slab elsewhere whose latest use is longer ago; such a
 slab is emptied and moves. Where it finds none, it turns over a slab's worth of its own
-shards before it looks again, so that looking stays cheap.
+shards before it looks again, so that looking stays cheap; one that has nothing to turn over
+looks again when enough has changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Protocol
 
 from kvfabric_nodes.extents import Extents, Pool
 from kvfabric_nodes.shards import Shard, Shards
+
+LOOK_AGAIN_S = 1.0  # for a slab that may go, where nothing else can
+CHANGES_PART = 64  # or when so large a part of the shards may have become evictable
+POOLS_IN_VAIN = 1024  # remembered
 
 
 class Drop(Protocol):
@@ -28,6 +33,9 @@ class Eviction:
         self.shards = shards
         self.drop = drop
         self._patience: dict[Pool, int] = {}  # own evictions until the next look elsewhere
+        # Pools that found no slab and have nothing of their own: when they look again, as a
+        # number of changes and as a time.
+        self._in_vain: dict[Pool, tuple[int, float]] = {}
 
     def make_room(self, pool: Pool, now_s: float) -> bool:
         """Evicts one shard of the pool, or empties a slab of another; False: nothing can go.
@@ -37,6 +45,8 @@ class Eviction:
         victim = self.shards.coldest(pool)
         if victim is None and not any(map(self.shards.coldest, self.shards.pools())):
             return False  # no slab can go either: it would begin with a leaf
+        if victim is None and self._is_vain(pool, now_s):
+            return False
         patience = self._patience.pop(pool, 0)
         if victim is None or (not patience and self._colder_elsewhere(victim)):
             slab = self._coldest_slab(pool, victim.last_used if victim else None)
@@ -47,11 +57,31 @@ class Eviction:
                 return True
             patience = self.extents.segment_bytes // pool[1]
         if victim is None:
+            self._note_vain(pool, now_s)
             return False
         if patience > 1:
             self._patience[pool] = patience - 1
         self.drop(victim, "evicted", "the coldest leaf of its sub-pool", now_s)
         return True
+
+    def _is_vain(self, pool: Pool, now_s: float) -> bool:
+        """Whether a look at all slabs would find no more than the last one."""
+        changes, at_s = self._in_vain.pop(pool, (0, now_s))
+        if self._changes >= changes or now_s >= at_s:
+            return False
+        self._in_vain[pool] = (changes, at_s)
+        return True
+
+    def _note_vain(self, pool: Pool, now_s: float) -> None:
+        if len(self._in_vain) >= POOLS_IN_VAIN:
+            self._in_vain.clear()
+        changes = self._changes + 1 + self.shards.count // CHANGES_PART
+        self._in_vain[pool] = (changes, now_s + LOOK_AGAIN_S)
+
+    @property
+    def _changes(self) -> int:
+        """Grows with all that may let a slab go that could not."""
+        return self.shards.considered + self.extents.freed
 
     def _colder_elsewhere(self, victim: Shard) -> bool:
         """Whether some pool has a leaf that was not used for longer: a first, cheap look."""

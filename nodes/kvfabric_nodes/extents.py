@@ -67,6 +67,7 @@ class Extents:
         self.segment_bytes = segment_bytes
         self.segments: dict[int, Segment] = {}
         self.retired: dict[int, Segment] = {}
+        self.freed = 0  # extents and segments, since the start
         self._count = segments
         self._next_segment = first_segment
         self._next_generation = first_generation
@@ -84,6 +85,7 @@ class Extents:
         """A fresh segment, zeroed and nobody's."""
         segment = Segment(self._next_segment, self.segment_bytes)
         self._next_segment += 1
+        self.freed += 1
         self.segments[segment.id] = self._nobodys[segment.id] = segment
         return segment
 
@@ -116,6 +118,7 @@ class Extents:
     def free(self, extent: Extent) -> None:
         """Gives the extent's bytes back to its slab."""
         assert extent.holders == 0, f"{extent} is still held"
+        self.freed += 1
         segment = self.segments[extent.segment]
         found = segment.used.pop(extent.offset)
         assert found is extent, f"{extent} is not the one in use there"

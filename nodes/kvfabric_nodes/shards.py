@@ -48,6 +48,7 @@ class Shards:
         self.count = 0
         self.size_bytes = 0
         self.claimed_bytes = 0  # of those here that somebody needs
+        self.considered = 0  # how often one may have become evictable
         self._rooms: dict[NamespaceId, dict[Key, Shard]] = {}
         self._children: dict[NamespaceId, dict[Key, dict[Key, None]]] = {}
         self._queues: dict[Pool, list[_Candidate]] = {}
@@ -156,6 +157,7 @@ class Shards:
 
     def consider(self, shard: Shard) -> None:
         """To be called whenever a shard may have become evictable."""
+        self.considered += 1
         if shard.queued or not self.evictable(shard):
             return
         shard.queued = True

@@ -5,9 +5,15 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from kvfabric.types import Key, Status
 from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
+from kvfabric_nodes.eviction import LOOK_AGAIN_S
+from kvfabric_nodes.extents import Extents, Pool
+from kvfabric_nodes.shards import Shard
+
+from . import conftest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +109,41 @@ def test_a_slab_does_not_move_from_under_a_pinned_continuation(desk: Desk, keys:
 
     desk.core.unpin(desk.session, desk.namespace, keys(1), 0.0)
     assert desk.put(keys(104), 2048) == [Status.OK]
+
+
+def test_all_slabs_are_looked_through_again_only_when_something_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node whose shards are needed is asked for room all the time: with a hundred thousand of
+    them, every look would hold all calls up for a tenth of a second."""
+    core = NodeCore(Extents(4, 64 << 10))
+    desk = conftest.Desk(core)
+    names = [conftest.key(number) for number in range(1024)]
+    desk.put(names, 256)
+    rooted = [shard for shard in core.shards if shard.extent.offset == 0]
+    assert len(rooted) == 4
+    for shard in rooted:
+        core.shards.claim(shard.namespace, shard.key)
+    looks: list[Pool] = []
+    look = core._eviction._coldest_slab
+
+    def counted(pool: Pool, older_than: int | None) -> list[Shard] | None:
+        looks.append(pool)
+        return look(pool, older_than)
+
+    monkeypatch.setattr(core._eviction, "_coldest_slab", counted)
+
+    for number in range(20):
+        assert desk.put([conftest.key(2000 + number)], 2048) == [Status.RETRY]
+    assert len(looks) == 1
+    desk.wait(LOOK_AGAIN_S)
+    assert desk.put([conftest.key(3000)], 2048) == [Status.RETRY]
+    assert len(looks) == 2
+
+    core.end_of_claim(rooted[0].namespace, rooted[0].key, desk.now_s)
+    desk.core.purge(desk.session, desk.namespace, names[-17:], "", desk.now_s)
+    assert desk.put([conftest.key(3001)], 2048) == [Status.OK]
+    core.check()
 
 
 def test_a_mixed_workload_wastes_little_and_keeps_what_is_warm() -> None:
