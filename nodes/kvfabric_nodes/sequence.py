@@ -77,6 +77,7 @@ class OpenSequence:
     forks: dict[int, OpenSequence] = field(default_factory=dict)  # tentative ones
     through_root: int = 0  # its first blocks, so many of which only its root claims
     away: int = 0  # blocks that it claims and that are not on this node
+    lent_first: int = 0  # its first blocks, so many of which are known not to be here
     watched_s: float = 0.0  # when its deadline is looked at, at the latest
     calls: int = 0  # under way: such a sequence does not end by itself
     open: bool = True

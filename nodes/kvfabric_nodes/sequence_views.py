@@ -55,9 +55,11 @@ def victims(
 
 def _at_home(sequences: Iterable[OpenSequence], shards: Shards) -> Iterator[Shard]:
     for sequence in sequences:
-        room = shards.room(sequence.namespace)
-        for block in sequence.blocks:
-            shard = room.get(block.key)
+        room, blocks = shards.room(sequence.namespace), sequence.blocks
+        while sequence.lent_first < len(blocks) and blocks[sequence.lent_first].key not in room:
+            sequence.lent_first += 1
+        for index in range(sequence.lent_first, len(blocks)):
+            shard = room.get(blocks[index].key)
             if shard is not None:
                 yield shard
 

@@ -366,7 +366,7 @@ class Sequences:
         """Blocks to lend out, of one sequence or of all; see sequence_views."""
         one = self.all.get(sequence_id)
         chosen: Iterable[OpenSequence]
-        chosen = self._roots() if not sequence_id else [one] if one else []
+        chosen = self._roots() if not sequence_id else [one.root or one] if one else []
         return sequence_views.victims(
             chosen, self.sharing.sharers, self.core.shards, pool, size_bytes, skip
         )

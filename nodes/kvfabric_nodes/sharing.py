@@ -65,6 +65,7 @@ class Sharing:
         gone = sequence.blocks[max(kept, sequence.through_root) :]
         sequence.through_root = min(kept, sequence.through_root)
         del sequence.blocks[kept:], sequence.ends[kept:]
+        sequence.lent_first = min(kept, sequence.lent_first)
         for block in reversed(gone):
             name = (sequence.namespace, block.key)
             sharers = self.sharers[name]
@@ -77,6 +78,7 @@ class Sharing:
     def _came(self, shard: Shard, now_s: float) -> None:
         for sequence in self.sharers.get((shard.namespace, shard.key), ()):
             sequence.away -= 1
+            sequence.lent_first = 0
 
     def _went(self, shard: Shard, why: str, now_s: float) -> None:
         for sequence in self.sharers.get((shard.namespace, shard.key), ()):
@@ -97,5 +99,7 @@ class Sharing:
                 sharers[name].add(sequence)
                 away += self.core.shards.get(*name) is None
             assert sequence.away == away
+            room = self.core.shards.room(sequence.namespace)
+            assert all(block.key not in room for block in sequence.blocks[: sequence.lent_first])
         assert {name: set(s) for name, s in self.sharers.items()} == sharers
         assert all(self.core.shards.claims(*name) >= len(s) for name, s in sharers.items())

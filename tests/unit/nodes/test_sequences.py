@@ -646,6 +646,37 @@ def test_what_may_be_lent_is_the_longest_sequences_oldest_blocks(
     assert lent(SHARD_BYTES, sequence_id=7) == []
 
 
+def test_what_was_lent_is_not_looked_through_again_before_some_of_it_is_back(
+    sequences: Sequences, desk: Desk, keys: Keys
+) -> None:
+    """A sequence may have a hundred times more blocks on loan than here."""
+    sequence = begin(sequences, desk)
+    put(sequences, sequence, keys(1, 2, 3, 4, 5))
+
+    def lent() -> list[Key]:
+        found = [shard.key for shard in sequences.victims(None, 100 * SHARD_BYTES)]
+        sequences.check()
+        return found
+
+    for number in (1, 2, 4):
+        shard = desk.core.shards.get(desk.namespace, *keys(number))
+        assert shard is not None
+        desk.core.drop(shard, "lent", "to n1", 0.0)
+    assert lent() == keys(3, 5)
+    assert sequence.lent_first == 2
+    desk.put(keys(2))
+    assert lent() == keys(2, 3, 5)
+    sequences.truncate(sequence, TOKENS, 0.0)
+    assert lent() == []
+    write(sequences, sequence, TOKENS)
+    seal(sequences, sequence, keys(6))
+    assert lent() == keys(6)
+    fork = sequences.fork(desk.session, sequence, 2, IDLE_S, 0.0, tentative=True)
+    assert [s.key for s in sequences.victims(None, 1 << 30, sequence_id=fork.id)] == keys(6)
+    desk.put(keys(1))
+    assert lent() == keys(1, 6)
+
+
 def test_what_is_needed_here_is_not_lent(sequences: Sequences, desk: Desk, keys: Keys) -> None:
     sequence = begin(sequences, desk)
     put(sequences, sequence, keys(1, 2, 3, 4, 5))
