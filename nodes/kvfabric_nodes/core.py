@@ -92,6 +92,7 @@ class NodeCore:
     def learn(self, namespace: NamespaceId, tenant: str) -> None:
         """This namespace is that tenant's, as another node says."""
         self._tenants.setdefault(namespace, tenant)
+        self._bound_tenants()
 
     def end_of_claim(self, namespace: NamespaceId, key: Key, now_s: float) -> None:
         """One less needs this key; a time to live that passed meanwhile ends it now."""
@@ -109,6 +110,9 @@ class NodeCore:
         for namespace in namespaces:
             session.namespaces.add(namespace)
             self._tenants[namespace] = session.tenant
+        self._bound_tenants()
+
+    def _bound_tenants(self) -> None:
         while len(self._tenants) > self.limits.namespaces:
             del self._tenants[next(iter(self._tenants))]
 

@@ -8,6 +8,7 @@ from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.core import EXPIRED_AT_ONCE, NodeCore
 from kvfabric_nodes.deadlines import SWEEP_ENTRIES
 from kvfabric_nodes.extents import Extents
+from kvfabric_nodes.promises import Limits
 from kvfabric_nodes.shards import SWEEP_ENTRIES as GONE_ENTRIES
 
 if TYPE_CHECKING:
@@ -86,3 +87,10 @@ def test_shards_that_ended_without_an_eviction_are_forgotten(desk: Desk, keys: K
     queued = sum(map(len, desk.core.shards._queues.values()))
     assert queued <= GONE_ENTRIES + 4
     assert desk.core.shards.coldest((desk.session.tenant, 1024)).key == keys(0)[0]
+
+
+def test_namespaces_that_other_nodes_tell_of_are_forgotten_in_the_end() -> None:
+    core = NodeCore(Extents(1, 1 << 16), Limits(namespaces=4))
+    for number in range(10):
+        core.learn(NamespaceId(number.to_bytes(32, "big")), "default")
+    assert len(core.namespaces_of("default")) == 4
