@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
+
+import structlog
 
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
@@ -17,8 +18,11 @@ from kvfabric_nodes.promises import Session
 from kvfabric_nodes.states import Head, States
 from kvfabric_nodes.steps import Steps
 
+log = structlog.get_logger(__name__)
+
 DEFAULT_LIFE_S = 600.0  # of a group
 FETCH_S = 2.0  # how long a group that begins waits for what lies elsewhere to come here
+FETCH_KEYS = 256  # at a time: between two times it may have ended
 
 Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ...]] | None]]
 """The nodes that hold each of these keys; None: the manager does not answer."""
@@ -36,6 +40,7 @@ class GroupCalls:
         self.steps = steps
         self.places: Places | None = None
         self.fetch_home: FetchHome | None = None
+        self._fetching: set[asyncio.Task[None]] = set()  # one per group at most
         self._handler = handler
         self._core = handler.core
 
@@ -86,9 +91,23 @@ class GroupCalls:
         }
         wanted = [key for key, node in elsewhere.items() if node]
         if wanted and self.fetch_home is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.fetch_home(group.namespace, wanted), FETCH_S)
+            fetching = asyncio.create_task(self._fetch(self.fetch_home, group, wanted))
+            self._fetching.add(fetching)
+            fetching.add_done_callback(self._fetched)
+            await asyncio.wait([fetching], timeout=FETCH_S)  # then it goes on by itself
         self._put_places(group, elsewhere, response)
+
+    async def _fetch(self, fetch_home: FetchHome, group: Group, keys: list[Key]) -> None:
+        """As long as the group lives, which keeps what comes."""
+        for start in range(0, len(keys), FETCH_KEYS):
+            if group.id not in self.groups.all:
+                return
+            await fetch_home(group.namespace, keys[start : start + FETCH_KEYS])
+
+    def _fetched(self, fetching: asyncio.Task[None]) -> None:
+        self._fetching.discard(fetching)
+        if not fetching.cancelled() and (error := fetching.exception()) is not None:
+            log.error("group_not_fetched", exc_info=error)
 
     def _put_places(
         self, group: Group, elsewhere: Mapping[Key, str], response: node_pb2.OpenGroupResponse

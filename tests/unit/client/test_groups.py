@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
+from collections.abc import Sequence
+
 import pytest
 
 from kvfabric.errors import Refused
-from kvfabric.types import Key, Status
+from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_client import Room
 from kvfabric_client.group import MAX_KEYS
+from kvfabric_nodes import group_calls
 from kvfabric_nodes.node import Node
 
 from .conftest import core_of, key, payload
+from .test_deadlines import eventually
 
 SHARED = [key(number) for number in range(4)]
 CHAINS = [
@@ -65,3 +71,36 @@ def test_a_batch_that_shares_nothing_has_an_empty_group(room: Room) -> None:
         assert group.shared == []
     with pytest.raises(Refused):
         room.group([[Key(b"short")], [Key(b"short")]])
+
+
+def test_what_lies_elsewhere_goes_on_coming_until_the_group_ends(
+    room: Room, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens the group waits only a moment for it."""
+    monkeypatch.setattr(group_calls, "FETCH_S", 0.01)
+    monkeypatch.setattr(group_calls, "FETCH_KEYS", 1)
+    gate: asyncio.Queue[None] = asyncio.Queue()
+    asked: queue.Queue[Key] = queue.Queue()
+
+    async def places(space: NamespaceId, keys: Sequence[Key]) -> Sequence[tuple[str, ...]]:
+        return [("n1",)] * len(keys)
+
+    async def fetch_home(space: NamespaceId, keys: Sequence[Key]) -> None:
+        for wanted in keys:
+            asked.put(wanted)
+        await gate.get()
+
+    node.group_calls.places, node.group_calls.fetch_home = places, fetch_home
+
+    def come() -> None:
+        assert node._loop is not None
+        node._loop.call_soon_threadsafe(gate.put_nowait, None)
+
+    with room.group(CHAINS) as group:
+        assert [shared.status for shared in group.shared] == [Status.EXISTS] * 4
+        assert asked.get(timeout=10) == SHARED[0]
+        come()
+        assert asked.get(timeout=10) == SHARED[1]
+    come()
+    assert eventually(lambda: not node.group_calls._fetching)
+    assert asked.empty()
