@@ -132,6 +132,7 @@ class Node:
         restored = await keeping.restored(self._has_keeper)
         self._core = core = restored.core
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(keeping.leave)
             arena = Arena(core.extents.all_ids(), settings.segment_bytes, restored.memory)
             stack.callback(arena.close)
             metrics = NodeMetrics(settings.node, self.incarnation, core, arena)
@@ -175,6 +176,7 @@ class Node:
         self.sequence_calls.room.fetch_home = neighbours.homing.fetch_home
         self.sequence_calls.room.whereabouts = neighbours.lending.whereabouts
         self.sequence_calls.room.discard = neighbours.lending.discard
+        self.sequence_calls.room.claim = neighbours.lending_calls.claim
         metrics.gauges["sequences"] = lambda: len(self.sequences.all)
         heartbeat = neighbours.heartbeat
         if heartbeat is not None:

@@ -116,6 +116,12 @@ class Keeping:
         outbox.all_of(self._core.shards)
         log.info("keeper_replaced", pid=link.pid, shards=self._core.shards.count)
 
+    def leave(self) -> None:
+        """Of a start that failed before the keeper was told anything: it is the next one's."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
     def ends(self, *, keep: bool) -> None:
         """The node begins to stop in good order. `keep`: its keeper waits for another rManager.
 

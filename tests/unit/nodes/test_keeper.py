@@ -21,6 +21,7 @@ from tests.unit.nodes.conftest import Desk, key
 from kvfabric.errors import Conflict, Refused
 from kvfabric.types import Key, Namespace, Status
 from kvfabric_client import connect
+from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.keeper import client, process, records
@@ -524,6 +525,27 @@ def test_a_start_that_fails_leaves_what_was_there_to_the_next(path: Path) -> Non
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(Refused, match="choose another address"):
         node_at(path, tcp=f"127.0.0.1:{taken.getsockname()[1]}")
+    again = node_at(path)
+    with connect(home(again)) as reader:
+        assert all(copy is not None for copy in reader.open(SPACE).get(keys_of(3)))
+    again.stop()
+
+
+def test_a_start_that_finds_no_memory_leaves_what_was_there_to_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_at(path, keep_on_stop=True)
+    with connect(home(node)) as writer:
+        writer.open(SPACE).put(keys_of(3), [content(k) for k in keys_of(3)])
+    node.stop()
+
+    def no_memory(*_: object) -> Arena:
+        raise OSError(errno.ENOMEM, "cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kvfabric_nodes.node.Arena", no_memory)
+        with pytest.raises(Refused, match="give it less memory"):
+            node_at(path)
     again = node_at(path)
     with connect(home(again)) as reader:
         assert all(copy is not None for copy in reader.open(SPACE).get(keys_of(3)))
