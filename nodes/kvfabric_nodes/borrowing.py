@@ -17,19 +17,20 @@ from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.debt_book import DebtBook
-from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Stage
+from kvfabric_nodes.debts import INFINITY, PENDING, Batch, Debt, Named, Stage
 from kvfabric_nodes.post import CALL_S, Post
 from kvfabric_nodes.renewing import Renewals
 from kvfabric_nodes.room import Rooms
-from kvfabric_nodes.rounds import Round
 from kvfabric_nodes.shards import Shard
 from kvfabric_nodes.terms import Identity, Terms
 
 PENDING_S = 120.0  # what is not held and seen by then is not lent
-RECLAIM_S = 60.0  # shards that a creditor has, under a loan that ended, are asked for so long
+RECLAIM_S = 60.0  # shards that others have, under no loan or one that ended, are asked for so long
 UNANSWERED = 3  # calls, where there is nobody else to ask
 SHY_S = 30.0  # who did not answer is asked after all others for so long
 RETRY_S = 1.0  # between calls that nobody answers
+
+Lost = Callable[[Debt, Key, str, float], None]
 
 
 class Borrower:
@@ -45,7 +46,9 @@ class Borrower:
         book: DebtBook,
         lent_out: Callable[[NamespaceId, Key], bool],
     ) -> None:
-        """`lent_out`: whether this node keeps a key for another one."""
+        """`lent_out`: whether this node keeps a key for another one. `on_lost` is told of
+        keys that are needed here and whose creditor may have them no more."""
+        self.on_lost: Lost = lambda debt, key, why, now_s: None
         self._core = core
         self._me = me
         self._terms = terms
@@ -66,7 +69,7 @@ class Borrower:
         endpoints: types_pb2.Endpoints,
         why: str,
         now_s: float,
-        search: Round | None = None,
+        search: Named | None = None,
         last_resort: bool = False,
     ) -> Debt:
         """Asks a creditor to take these."""
@@ -106,17 +109,19 @@ class Borrower:
             place = (debt.batch.namespace, key)
             self._book.remove(debt, key)
             if stage is not Stage.AWAY or place in self._book.going or not reclaim:
-                self._mourn(debt, key, why, now_s)
+                self._mourn(debt, key, stage, why, now_s)
             else:
                 lost.append(key)
                 self._core.story.note(now_s, *place, "loan ended", f"{debt.creditor}: {why}")
+                self.on_lost(debt, key, why, now_s)
         debt.end = LoanState.VOID
         self._book.close_if_empty(debt)
         if debt.search is not None:
             debt.search.refused(debt.creditor, why, owes=False)
         if lost:
             again = replace(debt.batch, keys=lost, source=debt.creditor, endpoints=debt.endpoints)
-            self.borrow(again, debt.creditor, debt.endpoints, "claimed anew", now_s)
+            anew = self.borrow(again, debt.creditor, debt.endpoints, "claimed anew", now_s)
+            anew.unanswered = int(debt.expires_s <= now_s)
 
     def run(self, now_s: float) -> None:
         """Does what is due."""
@@ -232,15 +237,16 @@ class Borrower:
                 debt.step(key, Stage.COMING)
             return True
         self._book.remove(debt, key)
-        self._mourn(debt, key, f"gave it up: {why}", now_s)
+        self._mourn(debt, key, stage, f"gave it up: {why}", now_s)
         return False
 
     def _look(self, debt: Debt, now_s: float) -> None:
         """Whether what was lent is there by now, and seen."""
         if now_s >= debt.begun_s + PENDING_S:
             for key in debt.having(*PENDING):
+                stage = debt.stages[key]
                 self._book.leave(debt, key, now_s, drop=True)
-                self._mourn(debt, key, f"was not there after {PENDING_S:g} s", now_s)
+                self._mourn(debt, key, stage, f"was not there after {PENDING_S:g} s", now_s)
             return
         for key in debt.having(Stage.THERE):
             place = (debt.batch.namespace, key)
@@ -342,19 +348,22 @@ class Borrower:
         if debt.search is not None:
             debt.search.refused(debt.creditor, f"{debt.creditor}: {why}", owes=False)
         for key in debt.having(Stage.ASKED):
-            self._book.leave(debt, key, now_s, drop=not debt.reclaims)
-            self._mourn(debt, key, why, now_s)
+            self._book.leave(debt, key, now_s, drop=True)
+            self._mourn(debt, key, Stage.ASKED, why, now_s)
 
-    def _mourn(self, debt: Debt, key: Key, why: str, now_s: float) -> None:
-        """For the story: the key's last place was this loan, and somebody here needs it."""
+    def _mourn(self, debt: Debt, key: Key, was: Stage, why: str, now_s: float) -> None:
+        """The key's last place was this loan, and somebody here needs it. What could not be
+        claimed in place is looked for already."""
         place = (debt.batch.namespace, key)
         if (
-            self._core.shards.claims(*place)
+            (was is Stage.AWAY or not debt.reclaims)
+            and self._core.shards.claims(*place)
             and self._core.shards.get(*place) is None
             and place not in self._book.going
             and place not in self._book.away
         ):
-            self._core.story.note(now_s, *place, "lost", f"{debt.creditor}: {why}")
+            self._core.story.note(now_s, *place, "loan ended", f"{debt.creditor}: {why}")
+            self.on_lost(debt, key, why, now_s)
 
     def _call(
         self,

@@ -176,7 +176,10 @@ class Creditor:
                 cap = self._terms.cap_bytes
                 credit.reason = f"{self._me.node} lends {cap} bytes at most"
             elif (shard := self._core.shards.get(namespace, key)) is not None:
-                self._book.take(credit, key, shard.extent.size_bytes, now_s)
+                if shard.extent.size_bytes == slot:
+                    self._book.take(credit, key, slot, now_s)
+                else:
+                    credit.reason = f"{self._me.node} has it with {shard.size_bytes} bytes"
             elif request.source == self._me.node:
                 credit.reason = f"{self._me.node} has them no more"
             else:

@@ -52,11 +52,16 @@ class DebtBook:
         return sum(debt.owed_bytes for debt in self.debts.values())
 
     @property
+    def owes(self) -> bool:
+        """Whether memory of others is used, not only their cache kept."""
+        return any(debt.owed_bytes and not debt.reclaims for debt in self.debts.values())
+
+    @property
     def in_flight(self) -> int:
-        """Loans that wait for their bytes."""
+        """Loans that wait for their bytes; what is claimed in place waits for none."""
         waiting = (Stage.ASKED, Stage.COMING)
-        going = self.going.items()
-        return len({debt.id for (_, key), debt in going if debt.stages[key] in waiting})
+        going = [(key, debt) for (_, key), debt in self.going.items() if not debt.reclaims]
+        return len({debt.id for key, debt in going if debt.stages[key] in waiting})
 
     @property
     def promised_bytes(self) -> int:
@@ -100,7 +105,10 @@ class DebtBook:
         debt.restate()
 
     def leave(self, debt: Debt, key: Key, now_s: float, *, drop: bool) -> None:
-        """The key is needed there no more; without `drop` it may stay as cache."""
+        """The key is needed there no more; without `drop` it may stay as cache, and so does
+        what was there before it was lent, unless it is to be discarded."""
+        if debt.reclaims and (debt.batch.namespace, key) not in self.discarding:
+            drop = False
         if debt.stages[key] is not Stage.LEAVING:
             self._unlist(debt, key)
             debt.step(key, Stage.LEAVING)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvfabric.errors import Broken
 from kvfabric.loans import COUNTED, LoanState, move
 from kvfabric.rpc.v1 import types_pb2
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.rounds import Round
 
 POLL_FIRST_S = 0.02  # how soon a debtor looks again whether a loan has come further
 POLL_MOST_S = 0.5
@@ -41,6 +41,14 @@ TRANSITIONS: Mapping[Stage, frozenset[Stage]] = {
 PENDING = frozenset({Stage.ASKED, Stage.COMING, Stage.THERE})
 
 
+class Named(Protocol):
+    """The search that named a creditor, and is told what came of it."""
+
+    def refused(self, node: str, why: str, owes: bool) -> None: ...
+
+    def has_others(self, node: str) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Like shards that are to lie elsewhere, and who has them now."""
@@ -66,7 +74,7 @@ class Debt:
     why: str
     begun_s: float
     expires_s: float
-    search: Round | None = None  # which named the creditor
+    search: Named | None = None
     last_resort: bool = False
     stages: dict[Key, Stage] = field(default_factory=dict)
     state: LoanState = LoanState.REQUESTED
@@ -99,7 +107,7 @@ class Debt:
 
     @property
     def reclaims(self) -> bool:
-        """Whether its keys lie at the creditor already, under a loan that has ended."""
+        """Whether its keys lie at the creditor already: they are claimed in place."""
         return self.batch.source == self.creditor
 
     @property

@@ -59,6 +59,18 @@ class Inquiries:
         nodes = [tuple(place.nodes) for place in answer.places]
         return [nodes[index] if index < len(nodes) else () for index in answer.place]
 
+    async def replicas(
+        self, namespace: NamespaceId, keys: Sequence[Key]
+    ) -> list[dict[str, types_pb2.Endpoints]] | None:
+        """The same for other nodes, with how they are reached, as far as that is known."""
+        places = await self.places(namespace, keys)
+        if places is None:
+            return None
+        names = sorted({name for place in places for name in place if name != self._node})
+        reached = {name: await self.endpoints(name) for name in names}
+        known = {name: found for name, found in reached.items() if found is not None}
+        return [{name: known[name] for name in place if name in known} for place in places]
+
     async def borrow(
         self, size_bytes: int, exclude: Sequence[str], incarnation: int
     ) -> control_pb2.BorrowResponse | None:

@@ -56,6 +56,15 @@ class AskPlaces:
     keys: tuple[Key, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AskReplicas:
+    """The same, with how these nodes are reached -> `Lending.replicas`."""
+
+    ticket: int
+    namespace: NamespaceId
+    keys: tuple[Key, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fetch:
     """Copy shards here, into room that the order's reservation holds -> `Lending.fetched`."""
@@ -70,4 +79,4 @@ class CancelFetch:
     order_id: int
 
 
-Instruction = AskCreditors | CallPeer | AskPlaces | Fetch | CancelFetch
+Instruction = AskCreditors | CallPeer | AskPlaces | AskReplicas | Fetch | CancelFetch

@@ -2,18 +2,19 @@
 
 Pure: calls and events go in with the time, instructions come out of `take`. The shell
 takes them after every event and tick, carries them out, and brings the results back
-(`creditors`, `answered`, `placed`, `fetched`). A process that dies takes its side along;
-the other side notices by deadlines and incarnations.
+(`creditors`, `answered`, `placed`, `replicas`, `fetched`). A process that dies takes its
+side along; the other side notices by deadlines and incarnations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvfabric.loans import to_columns
 from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.borrowing import Borrower
+from kvfabric_nodes.claiming import Claimer, Kind, Replicas
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.credit_book import CreditBook
 from kvfabric_nodes.creditor import Creditor
@@ -53,6 +54,7 @@ class Lending:
         self._mover = Mover(
             core, me, self._post, self._transit, self._rooms, self._debts, self._seeker
         )
+        self._claimer = Claimer(core, me, self._post, self._debts, self._borrower)
         self._core = core
         core.on_unclaimed.append(self._unclaimed)
 
@@ -84,6 +86,21 @@ class Lending:
     def cancel(self, room: Room) -> None:
         """Who asked for it does not wait any more."""
         self._rooms.cancel(room)
+
+    def claim(
+        self,
+        namespace: NamespaceId,
+        tenant: str,
+        layers: int,
+        size_bytes: int,
+        keys: Iterable[Key],
+        now_s: float,
+    ) -> None:
+        """These like shards are needed here. Those that lie at other nodes are claimed there,
+        bit by bit, as far as these agree; the others stay as they are."""
+        kind = Kind(namespace, tenant, layers, size_bytes)
+        self._claimer.claim(kind, keys, "a sequence here has it", now_s)
+        self._go_on(now_s)
 
     # Calls of other nodes -----------------------------------------------------------
 
@@ -145,6 +162,11 @@ class Lending:
         self._post.answered(ticket, nodes, why, now_s)
         self._go_on(now_s)
 
+    def replicas(self, ticket: int, found: Replicas | None, now_s: float, why: str = "") -> None:
+        """The answer to AskReplicas: the nodes of each of its keys, in order, best first."""
+        self._post.answered(ticket, found, why, now_s)
+        self._go_on(now_s)
+
     def fetched(self, result: Pulled, now_s: float) -> None:
         """A Fetch has ended: nobody touches its reservation any more."""
         self._transit.fetched(result, now_s)
@@ -174,7 +196,7 @@ class Lending:
     def due_s(self) -> float:
         """When `tick` has something to do; infinite: nothing."""
         parts = (self._post, self._credits, self._borrower, self._seeker, self._rooms)
-        return min(part.due_s() for part in parts)
+        return min(self._claimer.next_s, *(part.due_s() for part in parts))
 
     # Questions ------------------------------------------------------------------------
 
@@ -202,6 +224,7 @@ class Lending:
         self._debts.check()
         self._seeker.check()
         self._mover.check()
+        self._claimer.check()
 
     def _unclaimed(self, namespace: NamespaceId, key: Key, now_s: float) -> None:
         """What nobody needs any more can be evicted: room for whoever waits."""
@@ -210,11 +233,12 @@ class Lending:
             self._rooms.gain(shard.extent.size_bytes)
 
     def _owes(self) -> bool:
-        return self._debts.borrowed_bytes > 0
+        return self._debts.owes
 
     def _go_on(self, now_s: float) -> None:
         """Does what has become possible, or is due."""
         self._borrower.run(now_s)
+        self._claimer.run(now_s)
         self._mover.go_on(now_s)
         coming_bytes = self._recalls.coming_bytes if self._rooms else 0
         self._seeker.go_on(coming_bytes, now_s)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from kvfabric import failpoints
 from kvfabric.clock import Clock
 from kvfabric.errors import Denied, FabricError
 from kvfabric.rpc.v1 import control_pb2, node_pb2
+from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.handler import Call
 from kvfabric_nodes.inquiries import Inquiries
 from kvfabric_nodes.instructions import (
     AskCreditors,
     AskPlaces,
+    AskReplicas,
     CallPeer,
     CancelFetch,
     Fetch,
@@ -93,6 +95,20 @@ class LendingCalls:
             self._lending.cancel(room)
         return room.state is RoomState.DONE
 
+    def claim(
+        self,
+        namespace: NamespaceId,
+        tenant: str,
+        layers: int,
+        size_bytes: int,
+        keys: Sequence[Key],
+    ) -> None:
+        """Keeps what lies at others: see Lending.claim. Nobody waits for it."""
+        if self.inquiries is not None:
+            now_s = self._clock.now()
+            self._lending.claim(namespace, tenant, layers, size_bytes, keys, now_s)
+            self.carry_out()
+
     def command(self, command: control_pb2.Command, epoch: int, now_s: float) -> None:
         """One of the manager's that is lending's."""
         self._lending.command(command, epoch, now_s)
@@ -146,6 +162,8 @@ class LendingCalls:
             self._begin(self._ask_creditors(instruction))
         elif isinstance(instruction, AskPlaces):
             self._begin(self._ask_places(instruction))
+        elif isinstance(instruction, AskReplicas):
+            self._begin(self._ask_replicas(instruction))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -163,6 +181,8 @@ class LendingCalls:
             )
         except FabricError as error:
             response, why = None, str(error)
+            if self.inquiries is not None:  # it may have been started anew at another address
+                self.inquiries.forget(wanted.node)
         if response is not None and name == "lend":
             failpoints.reach("borrow.reserved")
         self._lending.answered(wanted.ticket, response, self._clock.now(), why)
@@ -187,6 +207,14 @@ class LendingCalls:
             failpoints.reach("borrow.seen")
         why = "" if nodes is not None else "the manager does not answer"
         self._lending.placed(wanted.ticket, nodes, self._clock.now(), why)
+        self.carry_out()
+
+    async def _ask_replicas(self, wanted: AskReplicas) -> None:
+        found = None
+        if self.inquiries is not None:
+            found = await self.inquiries.replicas(wanted.namespace, wanted.keys)
+        why = "" if found is not None else "the manager does not answer"
+        self._lending.replicas(wanted.ticket, found, self._clock.now(), why)
         self.carry_out()
 
     def _fetch(self, wanted: Fetch) -> None:

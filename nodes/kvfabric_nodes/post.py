@@ -14,6 +14,7 @@ from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.instructions import (
     AskCreditors,
     AskPlaces,
+    AskReplicas,
     CallPeer,
     CancelFetch,
     Fetch,
@@ -61,6 +62,13 @@ class Post:
     def places(self, namespace: NamespaceId, keys: Sequence[Key], then: Then, now_s: float) -> int:
         ticket = self._ask(then, now_s)
         self._outbox.append(AskPlaces(ticket, namespace, tuple(keys)))
+        return ticket
+
+    def replicas(
+        self, namespace: NamespaceId, keys: Sequence[Key], then: Then, now_s: float
+    ) -> int:
+        ticket = self._ask(then, now_s)
+        self._outbox.append(AskReplicas(ticket, namespace, tuple(keys)))
         return ticket
 
     def creditors(self, size_bytes: int, exclude: Sequence[str], then: Then, now_s: float) -> int:

@@ -75,6 +75,7 @@ class SequenceCalls:
                 raise Refused("a sequence that is resumed has its blocks; give no keys")
             idle_s = request.idle_ms / 1000
             found = self.sequences.resume(session, request.resume, idle_s, self._now())
+            self.room.keep(found)
             self._put_opened(found, response)
             return None
         namespace, keys = NamespaceId(request.namespace_id), checked_keys(request.keys)
@@ -133,6 +134,7 @@ class SequenceCalls:
         ]
         idle_s = seconds(request.idle_ms)
         sequence = self.sequences.open(session, namespace, shape, blocks, idle_s, self._now())
+        self.room.keep(sequence)
         response.statuses.extend([Status.OK if is_held else Status.MISS for is_held in held])
         self._put_opened(sequence, response)
 

@@ -25,6 +25,9 @@ Whereabouts = Callable[[NamespaceId, Key], str | None]
 Discard = Callable[[NamespaceId, Sequence[Key]], None]
 """Once nobody needs these any more, their lent copies are dropped."""
 
+Claim = Callable[[NamespaceId, str, int, int, Sequence[Key]], None]
+"""Like shards of a tenant, with their layers and size, are to be kept where they are."""
+
 
 class SequenceRoom:
     """See the module. The functions that it is given are lending's."""
@@ -34,6 +37,7 @@ class SequenceRoom:
         self.make_room: MakeRoom | None = None
         self.fetch_home: FetchHome | None = None
         self.whereabouts: Whereabouts = lambda namespace, key: None
+        self.claim: Claim = lambda namespace, tenant, layers, size_bytes, keys: None
         self.discard: Discard = lambda namespace, keys: None
         self._handler = handler
 
@@ -69,6 +73,15 @@ class SequenceRoom:
         finally:
             sequence.calls -= 1
         return self._handler.core.shards.get(sequence.namespace, key) is not None
+
+    def keep(self, sequence: OpenSequence) -> None:
+        """What it has at other nodes is to stay there, as far as they agree; nobody waits."""
+        if sequence.session is None or not sequence.away:
+            return
+        room, shape = self._handler.core.shards.room(sequence.namespace), sequence.shape
+        away = [block.key for block in sequence.blocks if block.key not in room]
+        tenant = sequence.session.tenant
+        self.claim(sequence.namespace, tenant, shape.layers, shape.size_bytes, away)
 
     def place(self, namespace: NamespaceId, block: Block) -> str:
         """The node that has this block, as far as this one knows; empty: none."""

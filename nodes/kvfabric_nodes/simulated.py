@@ -25,6 +25,7 @@ from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.instructions import (
     AskCreditors,
     AskPlaces,
+    AskReplicas,
     CallPeer,
     CancelFetch,
     Fetch,
@@ -228,6 +229,8 @@ class SimulatedNode:
             self._begin(self._ask_creditors(wanted))
         elif isinstance(wanted, AskPlaces):
             self._begin(self._ask_places(wanted))
+        elif isinstance(wanted, AskReplicas):
+            self._begin(self._ask_replicas(wanted))
 
     def _fetch(self, wanted: Fetch) -> None:
         try:
@@ -280,19 +283,31 @@ class SimulatedNode:
         self.carry_out()
 
     async def _ask_places(self, wanted: AskPlaces) -> None:
+        nodes = await self._locate(wanted)
+        if nodes is not None and any(nodes):
+            self._ground.reach("borrow.seen", self.name, MANAGER)
+        why = "" if nodes is not None else "the manager does not answer"
+        self.lending.placed(wanted.ticket, nodes, self._now(), why)
+        self.carry_out()
+
+    async def _ask_replicas(self, wanted: AskReplicas) -> None:
+        places = await self._locate(wanted)
+        found = None
+        if places is not None:
+            found = [{name: self._ground.endpoints(name) for name in place} for place in places]
+        why = "" if found is not None else "the manager does not answer"
+        self.lending.replicas(wanted.ticket, found, self._now(), why)
+        self.carry_out()
+
+    async def _locate(self, wanted: AskPlaces | AskReplicas) -> list[tuple[str, ...]] | None:
         request = control_pb2.LocateRequest(
             namespace_id=wanted.namespace, keys=wanted.keys, node=self.name
         )
         answer = await self._ask("Locate", request)
-        nodes = None
-        if answer is not None:
-            names = [tuple(place.nodes) for place in answer.places]
-            nodes = [names[index] if index < len(names) else () for index in answer.place]
-            if any(nodes):
-                self._ground.reach("borrow.seen", self.name, MANAGER)
-        why = "" if nodes is not None else "the manager does not answer"
-        self.lending.placed(wanted.ticket, nodes, self._now(), why)
-        self.carry_out()
+        if answer is None:
+            return None
+        names = [tuple(place.nodes) for place in answer.places]
+        return [names[index] if index < len(names) else () for index in answer.place]
 
     async def _ask(self, name: str, request: Any) -> Any:
         if not self._connected:

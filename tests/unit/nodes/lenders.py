@@ -16,7 +16,14 @@ from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.extents import Extents, Pool
-from kvfabric_nodes.instructions import AskCreditors, AskPlaces, CallPeer, CancelFetch, Fetch
+from kvfabric_nodes.instructions import (
+    AskCreditors,
+    AskPlaces,
+    AskReplicas,
+    CallPeer,
+    CancelFetch,
+    Fetch,
+)
 from kvfabric_nodes.lending import Lending
 from kvfabric_nodes.promises import Limits
 from kvfabric_nodes.pulls import Outcome, Pulled, PullOrder
@@ -179,15 +186,20 @@ class Node:
 
         return happen
 
-    def _ask(self, wanted: AskCreditors | AskPlaces) -> None:
+    def _ask(self, wanted: AskCreditors | AskPlaces | AskReplicas) -> None:
         town = self.town
         if isinstance(wanted, AskCreditors):
             answer: Any = town.creditors(self.name, wanted) if town.weather.manager else None
             town.after(self._event(self.lending.creditors, wanted.ticket, answer))
             return
-        nodes = [town.seen(self.name, (wanted.namespace, key)) for key in wanted.keys]
-        answer = nodes if town.weather.manager else None
-        town.after(self._event(self.lending.placed, wanted.ticket, answer))
+        nodes: Any = [town.seen(self.name, (wanted.namespace, key)) for key in wanted.keys]
+        if not town.weather.manager:
+            nodes = None
+        if isinstance(wanted, AskPlaces):
+            town.after(self._event(self.lending.placed, wanted.ticket, nodes))
+            return
+        found = nodes and [{name: types_pb2.Endpoints(host=name) for name in n} for n in nodes]
+        town.after(self._event(self.lending.replicas, wanted.ticket, found))
 
     def _call(self, wanted: CallPeer) -> None:
         town = self.town

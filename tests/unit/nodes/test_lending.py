@@ -7,6 +7,7 @@ import pytest
 from kvfabric.loans import LoanState
 from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import Key
+from kvfabric_nodes.borrowing import RECLAIM_S
 from kvfabric_nodes.instructions import AskCreditors
 from kvfabric_nodes.room import RoomState
 
@@ -360,9 +361,10 @@ def test_a_debtor_learns_of_a_replica_that_its_creditor_dropped(town: Town) -> N
     assert shard is not None
     b.core.drop(shard, "damaged", "by a test", town.now_s)
     town.run(town.terms.loan_s / 2)
-
     assert a.lending.whereabouts(a.namespace, lent[0]) is None
-    assert a.told(lent[0])[-1] == "lost"
+    town.run(RECLAIM_S)
+
+    assert a.told(lent[0])[-2:] == ["loan ended", "lost"]
     assert where(a, lent[1:]) == {"b"}
     town.check_balance()
 
@@ -396,7 +398,7 @@ def test_a_creditor_that_stays_silent_is_given_up(town: Town) -> None:
     town.run(200)
 
     assert not a.loans()
-    assert a.told(lent[0])[-1] == "lost"
+    assert a.told(lent[0])[-1] == "not claimed"
     assert where(a, lent) == {"a"}
 
 
@@ -543,7 +545,7 @@ def test_a_creditor_that_starts_anew_has_lost_what_was_lent(town: Town) -> None:
     a = town["a"]
     lent = [each for each in lend(town) if a.shard(each) is None]
     town.restart("b")
-    town.run(town.terms.loan_s)
+    town.run(town.terms.loan_s + RECLAIM_S)
 
     assert town.missing()["a"] == lent
     assert where(a, lent) == {"a"}
