@@ -219,7 +219,9 @@ class Handler:
     ) -> Coroutine[Any, Any, None] | None:
         reservation, grants = self.reserve_extents(session, request)
         if self.may_borrow(grants):
-            return self._reserve_later(session, request, reservation, grants, response)
+            if reservation is not None:
+                self.core.abort(reservation)  # there may be no later
+            return self._reserve_later(session, request, grants, response)
         self._answer_reserve(request, reservation, grants, response)
         return None
 
@@ -227,11 +229,10 @@ class Handler:
         self,
         session: Session,
         request: node_pb2.ReserveRequest | node_pb2.WriteRequest.Header,
-        reservation: Reservation | None,
         grants: list[Grant],
         response: node_pb2.ReserveResponse,
     ) -> None:
-        reservation, grants = await self.reserve_again(session, request, reservation, grants)
+        reservation, grants = await self.reserve_again(session, request, None, grants)
         self._answer_reserve(request, reservation, grants, response)
 
     def may_borrow(self, grants: Iterable[Grant]) -> bool:

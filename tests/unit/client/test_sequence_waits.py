@@ -19,6 +19,7 @@ from kvfabric import checksums
 from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, Namespace, NamespaceId, Status
+from kvfabric_nodes import server
 from kvfabric_nodes.node import Node
 
 from .conftest import Start, address, core_of, key, payload
@@ -164,6 +165,21 @@ def test_a_plain_put_borrows_where_sequences_need_everything(lender: Lender, wir
     assert list(answer.statuses) == [Status.OK, Status.OK]
     assert lender.asked == [("default", BLOCK_BYTES, 2)]
     wire.call("Abort", node_pb2.AbortRequest(reservation=answer.reservation))
+
+
+def test_a_put_that_may_not_wait_leaves_nothing_reserved(
+    lender: Lender, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Writer(wire).put(1, 2, 3)
+    monkeypatch.setattr(server, "MAX_WAITING_CALLS", 0)
+    request = node_pb2.ReserveRequest(
+        namespace_id=wire.space, keys=[key(11), key(12)], size_bytes=[BLOCK_BYTES]
+    )
+    with pytest.raises(Retry, match="wait on this connection"):
+        wire.call("Reserve", request)
+    stats = wire.call("Stats", node_pb2.StatsRequest()).stats
+    assert stats.tiers[0].reserved_bytes == 0
+    assert stats.reservations == 0
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp", "grpc"])
