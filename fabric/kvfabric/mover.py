@@ -15,6 +15,7 @@ from kvfabric.batches import Batches
 from kvfabric.errors import Broken, Refused, Retry
 from kvfabric.loads import Loads
 from kvfabric.migration import BATCH_BYTES, BATCH_KEYS, PRIORITIES, Batch, Kind, Move, MoveState
+from kvfabric.rpc.v1 import control_pb2
 from kvfabric.steps import COPY_TIMEOUT_S, Steps
 from kvfabric.targets import Targets
 from kvfabric.types import Key, NamespaceId, NodeId
@@ -150,8 +151,14 @@ class Mover:
             if all(each.number != number for each in self._ended):
                 raise Refused(f"there is no move {number}; `kvfabric moves` lists them")
             return
-        for batch in self._batches.of(move):
+        batches = self._batches.of(move)
+        copying = {b.destination for b in batches if b.command and b.state is MoveState.COPYING}
+        for batch in batches:
             self._steps.over(batch, MoveState.CANCELLED)
+        for node in sorted(each for each in copying if each is not None):
+            what = control_pb2.Command.Cancel(move=number)
+            command = control_pb2.Command(why=f"{move.kind} {number} was cancelled", cancel=what)
+            self._cluster.order(node, command, now_s)
         self._end(move, MoveState.CANCELLED, now_s)
 
     @property

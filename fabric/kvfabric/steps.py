@@ -3,7 +3,9 @@
 Nothing is reported: a batch is copied when the directory shows every key at a living
 destination, and over when it shows none at the source. A drop is commanded only for keys
 that are seen on another living node at that moment; the one exception is cache that a node
-which is being emptied can leave nowhere, and of that nodes keep what somebody claims.
+which is being emptied can leave nowhere, and of that nodes keep what somebody claims. The
+command names who has the keys, and the source asks them once more: the manager notices a
+death late.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ COPY_TIMEOUT_S = 60.0  # without throttling
 DROP_TIMEOUT_S = 120.0  # leases end long before
 DROP_LIFE_S = 20.0  # from a drop's command to the latest moment at which a node may obey it
 MAX_TRIES = 4
+HOLDERS = 2  # that a source may ask before it drops, where there are so many
 
 Where = dict[Key, set[NodeId]]
 
@@ -135,6 +138,7 @@ class Steps:
                 bytes_per_s=batch.bytes_per_s,
                 priority=batch.move.priority,
                 evict=batch.evict,
+                move=batch.move.number,
             ),
         )
         batch.command = self._cluster.order(batch.destination, command, now_s)
@@ -172,13 +176,23 @@ class Steps:
         if len(safe) < len(batch.keys):
             self._cluster.orders.withdraw([batch.command])
             batch.due_s = min(batch.due_s, now_s)
+        if batch.given_up and (kept := [key for key in safe if self._keepers(batch, where[key])]):
+            # They lie elsewhere by now, who has them is to be asked: a batch of its own.
+            self._cluster.orders.withdraw([batch.command])
+            batch.due_s = min(batch.due_s, now_s)
+            self._batches.release(batch, kept)
+            safe = [key for key in safe if key not in set(kept)]
+            self.again(batch, kept, batch.source, now_s)
         if bare:  # their copies were lost before the source let go
             batch.move.copied = max(0, batch.move.copied - len(bare))
             self.elsewhere(batch, bare, now_s, "copies were lost")
         if not batch.keys:
             self.over(batch, MoveState.DONE)
         elif now_s >= batch.deadline_s:
-            why = f"{batch.source} keeps its own: claimed, pinned or leased there"
+            why = (
+                f"{batch.source} keeps its own: claimed, pinned or leased there, or it reaches "
+                "nobody who has them"
+            )
             self.fail(batch, batch.keys, why)
             self.over(batch, MoveState.FAILED)
         elif safe and now_s >= batch.due_s:
@@ -186,9 +200,11 @@ class Steps:
 
     def _may_drop(self, batch: Batch, nodes: Iterable[NodeId]) -> bool:
         """Whether a key is safe without its replica at the batch's source."""
-        return batch.given_up or any(
-            node != batch.source and sight.takes(self._cluster, node) for node in nodes
-        )
+        return batch.given_up or bool(self._keepers(batch, nodes))
+
+    def _keepers(self, batch: Batch, nodes: Iterable[NodeId]) -> set[NodeId]:
+        """Those among the nodes that keep a key when its replica at the batch's source goes."""
+        return {node for node in nodes if node != batch.source and sight.takes(self._cluster, node)}
 
     def _may_have(self, batch: Batch, nodes: Iterable[NodeId]) -> bool:
         """Whether it may turn out that it is."""
@@ -208,10 +224,29 @@ class Steps:
                 namespace_id=batch.namespace,
                 keys=b"".join(keys),
                 cache_only=batch.given_up,
+                holders=self._holders(batch, [where[key] for key in keys]),
             ),
         )
         batch.command = self._cluster.order(batch.source, command, now_s)
         batch.due_s = now_s + RESEND_S if batch.command else now_s
+
+    def _holders(
+        self, batch: Batch, places: Sequence[set[NodeId]]
+    ) -> list[control_pb2.Command.Drop.Holder]:
+        """Nodes of which each place has one, and a second one where there is any; best first."""
+        keepers = [self._keepers(batch, nodes) for nodes in places]
+        counts = Counter(node for nodes in keepers for node in nodes)
+        named: list[NodeId] = []
+        for node in sorted(counts, key=lambda each: (-counts[each], each)):
+            left = any(not nodes.intersection(named) for nodes in keepers if nodes)
+            if left or len(named) < HOLDERS:
+                named.append(node)
+        return [
+            control_pb2.Command.Drop.Holder(
+                node=node, endpoints=self._cluster.members[node].endpoints
+            )
+            for node in named
+        ]
 
     # Books
 

@@ -1,4 +1,4 @@
-"""Carries out what the manager wants: pulls, drops, pins, and what is for lending to decide.
+"""Begins what the manager wants: pulls, drops, pins, and what is for lending to decide.
 
 Commands come again until their effect is seen, so nothing is remembered of one that could
 not be carried out, and one that is being carried out already counts once.
@@ -6,7 +6,7 @@ not be carried out, and one that is being carried out already counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import structlog
 
@@ -14,32 +14,34 @@ from kvfabric import failpoints
 from kvfabric.errors import FabricError, Refused
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId
+from kvfabric_nodes.drops import Drops, Question
 from kvfabric_nodes.handler import Handler
 from kvfabric_nodes.promises import Session
 from kvfabric_nodes.puller import Puller
 from kvfabric_nodes.pulls import PullOrder
-from kvfabric_nodes.shards import Shard
 
 log = structlog.get_logger(__name__)
 
-MAX_DROPS = 65_536  # shards that wait for their leases to end
-DROP_S = 15.0  # then a drop is forgotten: if it is still wanted, it comes again
-
 Lend = Callable[[control_pb2.Command, int, float], None]
+Ask = Callable[[Question, Callable[[Question, Collection[Key]], None]], None]
+"""Asks another node which keys it has; its answer is told later, or none of them."""
 
 
 class Commands:
     """See the module. On the core's thread. `lend` takes what is lending's: None, it has none."""
 
-    def __init__(self, handler: Handler, puller: Puller) -> None:
+    def __init__(self, handler: Handler, puller: Puller, ask: Ask) -> None:
         self.lend: Lend | None = None
+        self.drops = Drops(handler.core)
         self.on_dropped: list[Callable[[], object]] = []  # told when shards went by a command
         self._core = handler.core
         self._clock = handler.clock
         self._counts = handler.metrics.commands
         self._puller = puller
-        self._pulling: set[bytes] = set()  # what is wanted by pulls that are at work
-        self._dropping: dict[Shard, tuple[str, str, float]] = {}  # what, why, until when
+        self._ask = ask
+        self._pulling: dict[
+            bytes, tuple[PullOrder, int]
+        ] = {}  # what is wanted: who, for which move
         self._own: Session | None = None
 
     def obey(self, commands: Iterable[control_pb2.Command], epoch: int) -> None:
@@ -52,33 +54,36 @@ class Commands:
                     self._pull(command, epoch)
                 elif kind == "drop":
                     self._drop(command.drop, command.why)
+                elif kind == "cancel":
+                    self._cancel(command.cancel.move, epoch)
                 elif kind == "pin":
                     self._pin(command.pin)
                 elif kind and self.lend is not None:
                     self.lend(command, epoch, self._clock.now())
             except FabricError as error:
                 log.warning("command_failed", kind=kind, command=command.id, why=str(error))
+        self.tick(self._clock.now())
 
     def registered(self) -> None:
         """The node has registered, maybe with another manager: what waits is dropped no more.
 
         Who wanted it may not know that it waits, and count on the replica.
         """
-        self._dropping.clear()
+        self.drops.clear()
 
     def tick(self, now_s: float) -> None:
-        """Drops what nobody leases any more."""
-        if not self._dropping:
-            return
-        dropped = False
-        for shard, (what, why, until_s) in list(self._dropping.items()):
-            if not shard.present or self._needed(shard) or until_s <= now_s:
-                del self._dropping[shard]
-            elif not shard.extent.holders:
-                del self._dropping[shard]
-                self._core.drop(shard, what, why, now_s)
-                dropped = True
-        self._tell(dropped)
+        """Goes on with what waits to be dropped."""
+        self._tell(self.drops.tick(now_s))
+        self._ask_holders()
+
+    def _answered(self, question: Question, held: Collection[Key]) -> None:
+        self._tell(self.drops.answered(question, held, self._clock.now()))
+        self._ask_holders()
+
+    def _ask_holders(self) -> None:
+        questions, self.drops.questions = self.drops.questions, []
+        for question in questions:
+            self._ask(question, self._answered)
 
     def _pull(self, command: control_pb2.Command, epoch: int) -> None:
         wanted = command.pull
@@ -94,28 +99,30 @@ class Commands:
             bytes_per_s=wanted.bytes_per_s,
             priority=wanted.priority or control_pb2.PRIORITY_MOVE,
             evict=wanted.evict,
-            origin=f"command of epoch {epoch}",
+            origin=_origin(epoch),
             why=command.why,
         )
-        self._puller.begin(order, lambda _: self._pulling.discard(meaning))
-        self._pulling.add(meaning)
+        self._puller.begin(order, lambda _: self._pulling.pop(meaning, None))
+        self._pulling[meaning] = (order, wanted.move)
+
+    def _cancel(self, move: int, epoch: int) -> None:
+        """Ends the pulls for a move of this epoch's manager."""
+        for order, wanted_by in list(self._pulling.values()):
+            if wanted_by == move and order.origin == _origin(epoch):
+                self._puller.cancel(order.origin, order.id)
 
     def _drop(self, wanted: control_pb2.Command.Drop, why: str) -> None:
         failpoints.reach("drop.told")
-        now_s = self._clock.now()
-        what = "drained" if wanted.cache_only else "moved"
-        room = self._core.shards.room(NamespaceId(wanted.namespace_id))
-        dropped = False
-        for key in _cut(wanted.keys):
-            shard = room.get(key)
-            if shard is None or self._needed(shard):
-                continue
-            if not shard.extent.holders:
-                self._core.drop(shard, what, why, now_s)
-                dropped = True
-            elif len(self._dropping) < MAX_DROPS:
-                self._dropping[shard] = (what, why, now_s + DROP_S)
-        self._tell(dropped)
+        if not (wanted.holders or wanted.cache_only):
+            raise Refused("nobody is named who has what is to be dropped")
+        self.drops.begin(
+            NamespaceId(wanted.namespace_id),
+            tuple(_cut(wanted.keys)),
+            wanted.holders,
+            "drained" if wanted.cache_only else "moved",
+            why,
+            self._clock.now(),
+        )
 
     def _pin(self, wanted: control_pb2.Command.Pin) -> None:
         if self._own is None:
@@ -130,13 +137,15 @@ class Commands:
             else:
                 self._core.unpin(self._own, namespace, part, self._clock.now())
 
-    def _needed(self, shard: Shard) -> bool:
-        return shard.pinned or self._core.shards.claimed(shard)
-
     def _tell(self, dropped: bool) -> None:
         if dropped:
             for told in self.on_dropped:
                 told()
+
+
+def _origin(epoch: int) -> str:
+    """Whose orders these are: a manager's, who numbers its commands and moves."""
+    return f"command of epoch {epoch}"
 
 
 def _cut(packed: bytes) -> Iterable[Key]:

@@ -13,6 +13,7 @@ from typing import Any
 from kvfabric import failpoints
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric_nodes.commands import Commands
+from kvfabric_nodes.confirming import Confirming
 from kvfabric_nodes.handler import Handler
 from kvfabric_nodes.heartbeat import Heartbeat
 from kvfabric_nodes.homing import Homing
@@ -44,7 +45,8 @@ class Neighbours:
         parallel = settings.parallel_pulls
         limits = PullLimits(parallel=parallel, throttled=parallel - 1)
         self.puller = Puller(handler, self.peers, on_core, limits)
-        self.commands = Commands(handler, self.puller)
+        self._confirming = Confirming(self.peers)
+        self.commands = Commands(handler, self.puller, self._confirming.ask)
         self.heartbeat: Heartbeat | None = None
         if settings.manager:
             self.heartbeat = self._hear_manager(settings.manager, register)
@@ -71,12 +73,14 @@ class Neighbours:
     def check(self) -> None:
         """Asserts the invariants of all parts."""
         self.puller.pulls.check()
+        self.commands.drops.check()
         self.lending.check()
 
     async def close(self) -> None:
         """While the core still answers: transfers end with their sessions."""
         ended = asyncio.get_running_loop().run_in_executor(None, self.peers.close)
         await self.puller.close()
+        await self._confirming.close()
         await self.lending_calls.close()
         await ended
 

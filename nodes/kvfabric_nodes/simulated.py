@@ -6,7 +6,7 @@ claimed and dropped is decided by the same code as in production.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,10 +17,11 @@ from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.simulation.engine import Promise, Task
 from kvfabric.simulation.nodes import MANAGER, Ground, Shape, Written
-from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId
+from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId, Status
 from kvfabric_nodes.arena import Arena
 from kvfabric_nodes.commands import Commands
 from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.drops import Question
 from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.instructions import (
     AskCreditors,
@@ -38,9 +39,10 @@ from kvfabric_nodes.reports import Reports
 from kvfabric_nodes.sequences import Sequences
 from kvfabric_nodes.shards import Shard
 from kvfabric_nodes.simulated_memory import SimulatedMemory
-from kvfabric_nodes.simulated_pulls import SimulatedPuller, Sources, Tags
+from kvfabric_nodes.simulated_pulls import Header, SimulatedPuller, Sources, Tags
 from kvfabric_nodes.terms import Identity, Terms
 
+CONFIRM_S = 2.0  # as in confirming.py
 POKE_GAP_S = 0.02  # as in heartbeat.py
 RETRY_S = 0.5
 CALLS = {
@@ -209,6 +211,7 @@ class SimulatedNode:
         self.sequences.check()
         self.lending.check()
         self.pulls.check()
+        self._commands.drops.check()
 
     # Instructions -------------------------------------------------------------------------
 
@@ -318,6 +321,24 @@ class SimulatedNode:
         if answer is None:
             self._connected = False  # not asked again before it answers a heartbeat
         return answer
+
+    def _ask_holder(
+        self, question: Question, told: Callable[[Question, Collection[Key]], None]
+    ) -> None:
+        """Whether another node has what is to be dropped here."""
+        self._begin(self._confirm(question, told))
+
+    async def _confirm(
+        self, question: Question, told: Callable[[Question, Collection[Key]], None]
+    ) -> None:
+        asked = (question.namespace, question.keys)
+        header: Header | None = await self._network.call(
+            self.name, question.node, "read", asked, CONFIRM_S
+        )
+        said = zip(question.keys, header.keys, strict=True) if header is not None else ()
+        told(question, [key for key, each in said if each.status is Status.OK])
+        if header is not None and header.lease:
+            self._network.call(self.name, question.node, "release", header.lease, CONFIRM_S)
 
     # Heartbeats ------------------------------------------------------------------------------
 
@@ -437,7 +458,7 @@ class SimulatedNode:
         """The real commands' shell; it needs of a handler what this node has, too."""
         clock = SimpleNamespace(now=self._now)
         handler = SimpleNamespace(core=self.core, clock=clock, metrics=self._metrics)
-        commands = Commands(cast("Any", handler), cast("Any", self.puller))
+        commands = Commands(cast("Any", handler), cast("Any", self.puller), self._ask_holder)
         commands.lend = self.lending.command
         commands.on_dropped.append(self._poke)
         return commands

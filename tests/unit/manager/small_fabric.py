@@ -2,7 +2,8 @@
 
 Nodes carry out what their heartbeats' answers bring, after a while that the seed draws;
 commands are lost and doubled, nodes are killed, started anew and cut off, and the manager
-restarted. A node that is told to drop its copy checks that another living one has it.
+restarted. A node that is told to drop its copy asks those that are named whether they have
+it, and drops what they have: what nobody has is never dropped.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class SmallFabric:
         self.delay_s = 0.4  # at most, from a command to its doing
         self.deaths_s: list[float] = [-1.0]
         self.streams = 0
-        self.last_copies = 0  # drops that were refused because they would have been the last copy
+        self.void_drops = 0  # nobody who was named had the shard
         self.given_up: set[Subject] = set()
         self.evicted: set[Subject] = set()
         self.most_in_flight = 0
@@ -349,8 +350,11 @@ class SmallFabric:
             subject = (NamespaceId(command.drop.namespace_id), each)
             if subject in node.leased:
                 later.append(each)
-            elif subject in node.held and subject not in node.pinned | node.claimed:
-                self._may_go(node, subject, command.drop.cache_only, issued_s)
+            elif (
+                subject in node.held
+                and subject not in node.pinned | node.claimed
+                and self._may_go(node, subject, command.drop, issued_s)
+            ):
                 del node.held[subject]
         if later and self.now_s - issued_s < 15.0:
             again = control_pb2.Command()
@@ -358,17 +362,33 @@ class SmallFabric:
             again.drop.keys = b"".join(later)
             node.todo.append((self.now_s + 0.25, issued_s, again))
 
-    def _may_go(self, node: SmallNode, subject: Subject, cache_only: bool, issued_s: float) -> None:
+    def _may_go(
+        self,
+        node: SmallNode,
+        subject: Subject,
+        drop: control_pb2.Command.Drop,
+        issued_s: float,
+    ) -> bool:
+        """Whether one of the holders has it, too."""
+        if drop.holders:
+            named = [self.nodes[NodeId(holder.node)] for holder in drop.holders]
+            assert node not in named
+            if any(n.alive and not n.cut_off and subject in n.held for n in named):
+                return True
+            # The manager could not know: somebody has died, was cut off, or has evicted it since.
+            excuse = (
+                max(self.deaths_s) >= issued_s - SILENCE_S
+                or any(n.cut_off for n in named)
+                or subject in self.evicted
+            )
+            assert excuse, f"{node.name} was told to drop the last copy of {subject[1].hex()[:8]}"
+            self.void_drops += 1
+            return False
+        assert drop.cache_only, f"{node.name} was told to drop what nobody is said to have"
         others = [each for each in self.living() if each is not node and subject in each.held]
-        if others:
-            return
-        if cache_only:
+        if not others:
             self.given_up.add(subject)
-            return
-        # Nobody may have died or evicted since: then it was the last good copy all along.
-        excuse = max(self.deaths_s) >= issued_s - SILENCE_S or subject in self.evicted
-        assert excuse, f"{node.name} was told to drop the last copy of {subject[1].hex()[:8]}"
-        self.last_copies += 1
+        return True
 
 
 def deltas(subjects: set[Subject]) -> tuple[Delta, ...]:

@@ -465,12 +465,20 @@ def pull_command(source: Node, keys: list[Key]) -> control_pb2.Command.Pull:
     )
 
 
-def drop_command(keys: list[Key]) -> control_pb2.Command.Drop:
-    return control_pb2.Command.Drop(namespace_id=SPACE_ID, keys=b"".join(keys))
+def drop_command(keys: list[Key], *holders: Node) -> control_pb2.Command.Drop:
+    named = [
+        control_pb2.Command.Drop.Holder(node=node.settings.node, endpoints=node.endpoints)
+        for node in holders
+    ]
+    return control_pb2.Command.Drop(namespace_id=SPACE_ID, keys=b"".join(keys), holders=named)
 
 
 def holds(node: Node, keys: list[Key]) -> list[bool]:
     return [core_of(node).shards.get(SPACE_ID, each) is not None for each in keys]
+
+
+def leases_of(node: Node) -> int:
+    return sum(len(session.leases) for session in core_of(node).sessions.values())
 
 
 def story_of(node: Node, number: int) -> list[tuple[str, str]]:
@@ -484,7 +492,8 @@ def test_a_shards_story_tells_from_where_it_came_and_why_it_went(
     put(source, KEYS[:1])
     obey(target, pull=pull_command(source, KEYS[:1]))
     wait_for(lambda: holds(target, KEYS[:1])[0])
-    obey(target, drop=drop_command(KEYS[:1]))
+    obey(target, drop=drop_command(KEYS[:1], source))
+    wait_for(lambda: not holds(target, KEYS[:1])[0])
     assert story_of(target, 0) == [
         ("copied", "from source: as the test says"),
         ("moved", "as the test says"),
@@ -500,31 +509,106 @@ def test_a_pull_that_is_commanded_again_and_again_is_one(source: Node, target: N
     assert_sent(source, len(KEYS) * SHARD_BYTES)
 
 
-def test_a_drop_waits_for_leases_and_spares_what_is_needed(source: Node) -> None:
+def test_a_drop_waits_for_leases_and_spares_what_is_needed(source: Node, target: Node) -> None:
     put(source, KEYS[:4])
+    put(target, KEYS[:4])
     core = core_of(source)
     on(source, lambda: core.shards.claim(SPACE_ID, KEYS[0]))
     obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=True))
     with room_of(source) as room, room.view(KEYS[2:3]):
-        obey(source, drop=drop_command(KEYS[:4]))
+        obey(source, drop=drop_command(KEYS[:4], target))
+        wait_for(lambda: not holds(source, KEYS[3:4])[0])
         assert holds(source, KEYS[:4]) == [True, True, True, False]
     wait_for(lambda: not holds(source, KEYS[2:3])[0])
     assert holds(source, KEYS[:2]) == [True, True]
     on(source, lambda: core.end_of_claim(SPACE_ID, KEYS[0], 0.0))
     obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=False))
-    obey(source, drop=drop_command(KEYS[:4]))
-    assert not any(holds(source, KEYS[:4]))
+    obey(source, drop=drop_command(KEYS[:4], target))
+    wait_for(lambda: not any(holds(source, KEYS[:4])))
+    wait_for(lambda: not leases_of(target))
 
 
 def test_a_shard_that_is_needed_again_before_its_leases_end_is_not_dropped(
-    source: Node,
+    source: Node, target: Node
 ) -> None:
     put(source, KEYS[:1])
+    put(target, KEYS[:1])
     with room_of(source) as room, room.view(KEYS[:1]):
-        obey(source, drop=drop_command(KEYS[:1]))
+        obey(source, drop=drop_command(KEYS[:1], target))
         on(source, lambda: core_of(source).shards.claim(SPACE_ID, KEYS[0]))
-    wait_for(lambda: not source.neighbours.commands._dropping)
+    wait_for(lambda: not len(source.neighbours.commands.drops))
     assert holds(source, KEYS[:1]) == [True]
+
+
+def test_what_its_holder_lacks_is_not_dropped(source: Node, target: Node) -> None:
+    put(source, KEYS[:8])
+    put(target, KEYS[2:5])
+    obey(source, drop=drop_command(KEYS[:8], target))
+    wait_for(lambda: not len(source.neighbours.commands.drops))
+    assert holds(source, KEYS[:8]) == [True] * 2 + [False] * 3 + [True] * 3
+    wait_for(lambda: not leases_of(target))
+
+
+def test_what_the_first_holder_lacks_the_second_is_asked_for(
+    start: Start, source: Node, target: Node
+) -> None:
+    third = start("third")
+    put(source, KEYS[:3])
+    put(target, KEYS[:1])
+    put(third, KEYS[1:2])
+    obey(source, drop=drop_command(KEYS[:3], target, third))
+    wait_for(lambda: not len(source.neighbours.commands.drops))
+    assert holds(source, KEYS[:3]) == [False, False, True]
+
+
+def test_nothing_is_dropped_whose_holder_is_gone(source: Node, target: Node) -> None:
+    put(source, KEYS[:4])
+    put(target, KEYS[:4])
+    wanted = drop_command(KEYS[:4], target)
+    target.stop()
+    obey(source, drop=wanted)
+    wait_for(lambda: not len(source.neighbours.commands.drops))
+    assert all(holds(source, KEYS[:4]))
+
+
+def test_nothing_is_dropped_whose_holder_is_another_now(
+    start: Start, source: Node, target: Node
+) -> None:
+    put(source, KEYS[:4])
+    put(target, KEYS[:4])
+    wanted = drop_command(KEYS[:4], target)
+    wanted.holders[0].node = "third"
+    obey(source, drop=wanted)
+    wait_for(lambda: not len(source.neighbours.commands.drops))
+    assert all(holds(source, KEYS[:4]))
+
+
+def test_only_cache_that_lies_nowhere_else_is_dropped_without_a_holder(source: Node) -> None:
+    put(source, KEYS[:2])
+    obey(source, drop=drop_command(KEYS[:2]))
+    assert all(holds(source, KEYS[:2]))
+    wanted = drop_command(KEYS[:2])
+    wanted.cache_only = True
+    obey(source, drop=wanted)
+    assert not any(holds(source, KEYS[:2]))
+
+
+def test_a_node_that_registers_anew_drops_nothing_on_an_old_answer(
+    source: Node, target: Node
+) -> None:
+    put(source, KEYS[:4])
+    put(target, KEYS[:4])
+
+    def tell_and_forget() -> None:
+        commands = source.neighbours.commands
+        wanted = control_pb2.Command(id=7, drop=drop_command(KEYS[:4], target))
+        commands.obey([wanted], 1)
+        assert len(commands.drops) == 4
+        commands.registered()
+
+    on(source, tell_and_forget)
+    wait_for(lambda: not source.neighbours._confirming._tasks)
+    assert all(holds(source, KEYS[:4]))
 
 
 def test_a_command_that_makes_no_sense_harms_nobody(source: Node) -> None:

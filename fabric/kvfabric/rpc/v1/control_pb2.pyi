@@ -562,6 +562,7 @@ class Command(_message.Message):
         BYTES_PER_S_FIELD_NUMBER: _builtins.int
         PRIORITY_FIELD_NUMBER: _builtins.int
         EVICT_FIELD_NUMBER: _builtins.int
+        MOVE_FIELD_NUMBER: _builtins.int
         namespace_id: _builtins.bytes
         keys: _builtins.bytes
         """32 bytes each"""
@@ -571,6 +572,8 @@ class Command(_message.Message):
         priority: Global___Priority.ValueType
         evict: _builtins.bool
         """colder cache may go for it"""
+        move: _builtins.int
+        """for which it is; 0: none"""
         @_builtins.property
         def endpoints(self) -> _types_pb2.Endpoints:
             """the source's"""
@@ -585,38 +588,87 @@ class Command(_message.Message):
             bytes_per_s: _builtins.int = ...,
             priority: Global___Priority.ValueType = ...,
             evict: _builtins.bool = ...,
+            move: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "endpoints", b"endpoints", "evict", b"evict", "keys", b"keys", "namespace_id", b"namespace_id", "priority", b"priority", "source", b"source"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "endpoints", b"endpoints", "evict", b"evict", "keys", b"keys", "move", b"move", "namespace_id", b"namespace_id", "priority", b"priority", "source", b"source"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Drop(_message.Message):
         """Drop replicas once no lease is on them. Claimed ones (pinned, of an open
-        sequence, group or loan) stay.
+        sequence, group or loan) stay, and so does what no holder has at that moment.
         """
 
         DESCRIPTOR: _descriptor.Descriptor
 
+        @_typing.final
+        class Holder(_message.Message):
+            """A node whose replicas allow the drop."""
+
+            DESCRIPTOR: _descriptor.Descriptor
+
+            NODE_FIELD_NUMBER: _builtins.int
+            ENDPOINTS_FIELD_NUMBER: _builtins.int
+            node: _builtins.str
+            @_builtins.property
+            def endpoints(self) -> _types_pb2.Endpoints: ...
+            def __init__(
+                self,
+                *,
+                node: _builtins.str = ...,
+                endpoints: _types_pb2.Endpoints | None = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "node", b"node"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
         NAMESPACE_ID_FIELD_NUMBER: _builtins.int
         KEYS_FIELD_NUMBER: _builtins.int
         CACHE_ONLY_FIELD_NUMBER: _builtins.int
+        HOLDERS_FIELD_NUMBER: _builtins.int
         namespace_id: _builtins.bytes
         keys: _builtins.bytes
         cache_only: _builtins.bool
-        """unclaimed, as a drain does with what is nowhere else wanted"""
+        """a drain's, of what is nowhere else: no holder is needed"""
+        @_builtins.property
+        def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Command.Drop.Holder]:
+            """asked one after the other, right before the drop"""
+
         def __init__(
             self,
             *,
             namespace_id: _builtins.bytes = ...,
             keys: _builtins.bytes = ...,
             cache_only: _builtins.bool = ...,
+            holders: _abc.Iterable[Global___Command.Drop.Holder] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_only", b"cache_only", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_only", b"cache_only", "holders", b"holders", "keys", b"keys", "namespace_id", b"namespace_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Cancel(_message.Message):
+        """End the pulls for a move that was cancelled; what they have copied stays."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MOVE_FIELD_NUMBER: _builtins.int
+        move: _builtins.int
+        def __init__(
+            self,
+            *,
+            move: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -736,6 +788,7 @@ class Command(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     BRING_HOME_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     why: _builtins.str
     @_builtins.property
@@ -750,6 +803,8 @@ class Command(_message.Message):
     def bring_home(self) -> Global___Command.BringHome: ...
     @_builtins.property
     def pin(self) -> Global___Command.Pin: ...
+    @_builtins.property
+    def cancel(self) -> Global___Command.Cancel: ...
     def __init__(
         self,
         *,
@@ -761,12 +816,13 @@ class Command(_message.Message):
         recall: Global___Command.Recall | None = ...,
         bring_home: Global___Command.BringHome | None = ...,
         pin: Global___Command.Pin | None = ...,
+        cancel: Global___Command.Cancel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "drop", b"drop", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "drop", b"drop", "id", b"id", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "id", b"id", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["pull", "drop", "lend_out", "recall", "bring_home", "pin"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["pull", "drop", "lend_out", "recall", "bring_home", "pin", "cancel"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
