@@ -56,7 +56,8 @@ class Search:
     wait_s: float = REST_FIRST_S
     asking: bool = False
     refusals: dict[str, str] = field(default_factory=dict)  # why these nodes do not lend
-    reason: str = "nobody answered"  # the last of them
+    reason: str = "it does not answer"  # the last of them
+    told: bool = False  # the manager has said where its blocks are
     shown: set[Key] = field(default_factory=set)  # another node has these, as last heard
 
     def refused(self, node: str, why: str, owes: bool) -> None:
@@ -160,6 +161,7 @@ class Claimer:
 
         def then(answer: Replicas | None, why: str, at_s: float) -> None:
             search.asking = False
+            search.told = search.told or answer is not None
             if search in self._searches:
                 self._found(search, dict(zip(keys, answer or (), strict=False)), at_s)
 
@@ -200,7 +202,7 @@ class Claimer:
         if not chosen:
             search.refusals.clear()  # they are asked again, later
         search.rest(now_s)
-        self.next_s = min(self.next_s, search.next_s)
+        self._wake()  # another search has its turn
 
     def _give_up(self, search: Search, now_s: float) -> None:
         """What is left of it stays what it is: cache elsewhere, or missing."""
@@ -209,7 +211,8 @@ class Claimer:
             if key in search.shown:
                 story.note(now_s, namespace, key, "not claimed", search.reason)
             elif search.was_lent:
-                story.note(now_s, namespace, key, "lost", "no other node has it")
+                why = "no other node has it" if search.told else "nobody says where it may be"
+                story.note(now_s, namespace, key, "lost", why)
             self._forget(search, key)
 
     def _forget(self, search: Search, key: Key) -> None:

@@ -84,6 +84,17 @@ class CreditBook:
         """Whether this key is here for a debtor: it must not be lent on."""
         return (namespace, key) in self._by_key
 
+    def freeing_bytes(self, credit: Credit) -> int:
+        """What its end would free: nothing of what is needed here, too, and a part of what
+        others have borrowed as well."""
+        freed = 0
+        for key, slot_bytes in credit.keys.items():
+            place = (credit.namespace, key)
+            debtors = len(self._by_key[place])
+            if self._core.shards.claims(*place) == debtors:
+                freed += slot_bytes // debtors
+        return freed
+
     def loans(self) -> Iterator[Loan]:
         me = self._me
         for credit in self.all.values():

@@ -30,8 +30,9 @@ class Recalls:
 
     @property
     def coming_bytes(self) -> int:
-        """What comes back, by the recalls' deadlines at the latest."""
-        return sum(credit.recalled_bytes for credit in self._book.all.values())
+        """What comes free, by the recalls' deadlines at the latest."""
+        recalled = (credit for credit in self._book.all.values() if credit.recalled_bytes)
+        return sum(min(c.recalled_bytes, self._book.freeing_bytes(c)) for c in recalled)
 
     def recall_for(self, pool: Pool, wanted_bytes: int, now_s: float) -> None:
         """Wants so much back for this node's own clients: slots of the pool first, the
@@ -44,8 +45,11 @@ class Recalls:
         for credit in choice:
             if wanted_bytes <= 0:
                 return
-            part = min(wanted_bytes, credit.size_bytes)
-            wanted_bytes -= part
+            freed = self._book.freeing_bytes(credit)
+            if not freed:
+                continue  # its keys stay for others
+            part = min(wanted_bytes, freed) if freed == credit.size_bytes else credit.size_bytes
+            wanted_bytes -= min(wanted_bytes, freed)
             why = f"{self._me.node}'s own clients need room"
             self._recall(credit, part, self._terms.recall_s, why, now_s)
 

@@ -72,6 +72,7 @@ class Node:
         self.desk = Desk(self.core)
         self.bytes: dict[Spot, Key] = {}  # what lies in an extent
         self.needed: dict[Key, None] = {}  # claimed, oldest first
+        self.hoped: set[Key] = set()  # needed, too, but others had them: they may vanish
         self.rooms: list[Room] = []
         self.cancelled: set[int] = set()
         self.leases: list[int] = []
@@ -112,9 +113,17 @@ class Node:
             self.needed[key] = None
             self.core.shards.claim(self.namespace, key)
 
+    def begin(self, keys: Sequence[Key]) -> None:
+        """A sequence begins with these blocks, wherever they are."""
+        for key in keys:
+            self.need(key)
+        self.lending.claim(self.namespace, "a", 1, SHARD_BYTES, keys, self.town.now_s)
+        self.carry_out()
+
     def forget(self, key: Key, *, drop: bool = False) -> None:
         """The block is needed no more."""
         del self.needed[key]
+        self.hoped.discard(key)
         if drop:
             self.lending.discard(self.namespace, [key])
         self.core.end_of_claim(self.namespace, key, self.town.now_s)
@@ -414,7 +423,7 @@ class Town:
         assert total == sum(node.lending.borrowed_bytes for node in self.everybody())
 
     def missing(self) -> dict[str, list[Key]]:
-        """Blocks that a node needs and that nobody has for it."""
+        """Blocks that a node needs and that nobody has for it, though it had them once."""
         return {node.name: gone for node in self.everybody() if (gone := list(_missing(node)))}
 
 
@@ -423,7 +432,7 @@ def _missing(node: Node) -> Iterator[Key]:
         creditor = node.lending.whereabouts(node.namespace, key)
         here = node.shard(key) is not None
         there = creditor is not None and node.town[creditor].shard(key) is not None
-        if not (here or there):
+        if not (here or there or key in node.hoped):
             yield key
 
 

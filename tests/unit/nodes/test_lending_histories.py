@@ -17,7 +17,7 @@ from .conftest import SHARD_BYTES, key
 from .lenders import SLOTS, Node, Town, Weather
 
 STEPS = 120
-LOSSES = {"lost", "damaged", "purged"}
+LOSSES = {"lost", "damaged", "purged", "not claimed"}
 LOAN_S = 12.0
 RECALL_S = 6.0
 
@@ -52,6 +52,7 @@ class History:
             (2, self.share),
             (4, self.forget),
             (2, self.cache),
+            (2, self.begin),
             (3, self.lease),
             (4, self.release),
             (2, self.lend_out),
@@ -65,6 +66,7 @@ class History:
                 (2, self.cut),
                 (2, self.silence),
                 (1, self.damage),
+                (3, self.replicate),
                 (1, self.lose),
             ]
         weights = [weight for weight, _ in deeds]
@@ -121,6 +123,19 @@ class History:
             old = self.any_of(node)
             if old is not None:
                 node.forget(old, drop=self.random.random() < 0.5)
+
+    def begin(self, node: Node) -> None:
+        """A sequence begins with what another node has: it may stay there, or vanish."""
+        other = self.any_node()
+        there = [shard.key for shard in other.core.shards][: self.random.choice([1, 4])]
+        found = [each for each in there if each not in node.needed]
+        node.hoped.update(found)
+        node.begin(found)
+
+    def replicate(self, node: Node) -> None:
+        """A replica of what another node needs, as the manager's policy makes them."""
+        for each in list(self.any_node().needed)[:4]:
+            node.put(each, need=False)
 
     def lease(self, node: Node) -> None:
         wanted = self.any_of(node)
