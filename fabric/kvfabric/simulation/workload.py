@@ -36,7 +36,7 @@ def requests(workload: Workload, nodes: int, count: int, seed: int) -> Iterator[
         yield Request(
             number,
             now_s,
-            random.randrange(max(1, int(nodes * kind.instances))),
+            int(random.randrange(max(1, int(nodes * kind.instances))) / kind.instances),
             kind.name,
             kind.prompt.at(random.random(), random.gauss(0.0, 1.0)),
             kind.output.at(random.random(), random.gauss(0.0, 1.0)),
