@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf import message_factory
 
 import kvfabric_client
-from kvfabric.errors import Denied, Refused
+from kvfabric.errors import Denied, FabricError, Refused
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import Namespace, Status
 from kvfabric_client.link import Link
@@ -144,3 +146,106 @@ def test_unmap_of_what_was_never_mapped_is_nothing(node: Node, mine: Any) -> Non
     with contextlib.closing(Link(address(node, "unix"), "a", b"", deadline_s)) as link:
         link.call("unmap", wire_pb2.UnmapRequest(segments=[1, 2, 99]), deadline_s)
     assert mine.get([key(1)]) != [None]
+
+
+def test_whatever_another_tenant_knows_it_changes_and_learns_nothing(
+    node: Node, theirs: Any
+) -> None:
+    """Every call of the protocol, with all the numbers that there are."""
+    keys = [key(number) for number in range(1, 4)]
+    theirs.put(keys, [payload(number, 1024) for number in range(1, 4)])
+    name = bytes(32)
+    owner = Link(address(node, "unix"), "b", b"", time.monotonic() + 30)
+
+    def own(method: str, request: Any) -> Any:
+        return getattr(owner.call(method, request, time.monotonic() + 30), f"{method}_response")
+
+    with contextlib.closing(owner):
+        owner.open(B, theirs.id, time.monotonic() + 30)
+        opened = own(
+            "open_sequence",
+            node_pb2.OpenSequenceRequest(
+                namespace_id=theirs.id, keys=keys[:1], size_bytes=1024, layers=1, block_tokens=16
+            ),
+        )
+        epoch, number = opened.epoch, opened.sequence
+        own("extend", node_pb2.ExtendRequest(sequence=number, epoch=epoch, blocks=1))
+        fork = own("fork", node_pb2.ForkRequest(sequence=number, tokens=16, tentative=True))
+        group = own(
+            "open_group",
+            node_pb2.OpenGroupRequest(namespace_id=theirs.id, keys=keys[:1] * 2, lengths=[1, 1]),
+        )
+        own("swap_state", node_pb2.SwapStateRequest(namespace_id=theirs.id, name=name, key=keys[0]))
+        lease = own("acquire", node_pb2.AcquireRequest(namespace_id=theirs.id, keys=keys)).lease
+        reserve = node_pb2.ReserveRequest(namespace_id=theirs.id, keys=[key(9)], size_bytes=[1024])
+        reservation = own("reserve", reserve).reservation
+        known: dict[str, Any] = {
+            "namespace_id": theirs.id,
+            "keys": keys[:1],
+            "key": keys[0],
+            "size_bytes": [1024],
+            "sequence": number,
+            "resume": number,
+            "epoch": epoch,
+            "settle": epoch,
+            "fork": fork.sequence,
+            "group": group.group,
+            "name": name,
+            "lease": lease,
+            "leases": [lease],
+            "reservation": reservation,
+            "lengths": [1],
+            "blocks": [0],
+            "debtor": "n1",
+            "creditor": "n1",
+            "loan": 1,
+        }
+
+        def stands() -> tuple[object, ...]:
+            core, sequence = core_of(node), node.sequences.all[number]
+            session = sequence.session
+            assert session is not None
+            return (
+                core.shards.count,
+                core.pins,
+                len(node.sequences.all),
+                sequence.epoch,
+                sequence.length,
+                len(sequence.tails),
+                len(node.groups.all),
+                node.states.heads,
+                [core.shards.claims(theirs.id, each) for each in keys],
+                list(session.leases),
+                list(session.reservations),
+            )
+
+        before = repr(stands())
+        service = node_pb2.DESCRIPTOR.services_by_name["NodeService"]
+        for method in service.methods:
+            if method.name in ("Hello", "Read", "Write", "Stats", "ReportSteps"):
+                continue
+            call = re.sub("(?<!^)(?=[A-Z])", "_", method.name).lower()
+            request = message_factory.GetMessageClass(method.input_type)()
+            for field in method.input_type.fields:
+                if field.name not in known:
+                    continue
+                value = known[field.name]
+                if field.is_repeated:
+                    getattr(request, field.name).extend(value if isinstance(value, list) else [])
+                else:
+                    value = value[0] if isinstance(value, list) else value
+                    with contextlib.suppress(TypeError):
+                        setattr(request, field.name, value)
+            with contextlib.closing(Link(address(node, "unix"), "a", b"", _soon())) as link:
+                try:
+                    answer = link.call(call, request, _soon())
+                except FabricError:
+                    pass
+                else:
+                    body = getattr(answer, f"{call}_response")
+                    assert not body.ByteSize(), f"{method.name} answers {body}"
+            assert repr(stands()) == before, method.name
+
+
+def _soon() -> float:
+    return time.monotonic() + 10
