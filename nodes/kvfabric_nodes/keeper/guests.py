@@ -94,7 +94,15 @@ class Guests:
 
     def look(self, table: Table) -> None:
         """Lets go of what belonged to processes that have ended."""
-        self._let_go([g for g in self._former.values() if self._is_gone(g)], table)
+        known: dict[tuple[int, int], bool] = {}  # of a process, which may map every segment
+        gone: list[Guest] = []
+        for guest in self._former.values():
+            process = guest.pid, guest.started_ticks
+            if process not in known:
+                known[process] = self._is_gone(guest)
+            if known[process]:
+                gone.append(guest)
+        self._let_go(gone, table)
 
     def _let_go(self, guests: Iterable[Guest], table: Table) -> None:
         for guest in guests:

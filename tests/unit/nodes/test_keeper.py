@@ -427,6 +427,20 @@ def test_a_segment_is_free_when_its_last_guest_is_gone() -> None:
     assert (table, closed, guests.frozen) == ({}, [sessions[2], sessions[1]], 0)
 
 
+def test_a_process_is_looked_at_once_however_many_segments_it_maps() -> None:
+    guests_of_two = [Guest(b"h" * 16, n, pid, 1) for n in range(1, 9) for pid in (10, 11)]
+    looked: list[int] = []
+
+    def is_gone(guest: Guest) -> bool:
+        looked.append(guest.pid)
+        return guest.pid == 10
+
+    guests = Guests(guests_of_two, {}, lambda session: None, is_gone)
+    guests.look(Table({records.guest_key(each): b"" for each in guests_of_two}))
+    assert sorted(looked) == [10, 11]
+    assert {guest.pid for guest in guests.all()} == {11}
+
+
 def test_guests_of_now_come_and_go_by_their_sessions() -> None:
     guests, table = Guests([], {}, lambda _: None), Table()
     mine, other = b"m" * 16, b"o" * 16
