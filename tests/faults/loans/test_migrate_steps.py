@@ -73,6 +73,25 @@ def test_the_destination_dies(lenders: Lenders, point: str) -> None:
     lenders.check_quiet()
 
 
+def test_the_destination_dies_after_its_copies_were_seen(lenders: Lenders) -> None:
+    """The source has its order already, and nobody has noticed yet."""
+    lenders.start(east="drop.told=stop")
+    put_at_east(lenders)
+
+    migrate(lenders)
+    lenders.stopped("east")
+    assert places(lenders) == [{"east", "west"}] * len(KEYS)
+    lenders.nodes["west"].kill()
+    lenders.fallen("west")
+    lenders.nodes["east"].resume()
+
+    assert read(lenders) == 0
+    until(lambda: lenders.alive() == {"home", "east"}, "west is known to be lost", QUIET_S)
+    assert read(lenders) == 0
+    assert places(lenders) == [{"east"}] * len(KEYS)
+    lenders.check_quiet()
+
+
 @pytest.mark.parametrize("point", ["pull.reading", "drop.told"])
 def test_the_source_dies(lenders: Lenders, point: str) -> None:
     lenders.start(east=f"{point}=kill")
