@@ -163,7 +163,13 @@ class _Place:
         self.lock = threading.Lock()  # held while a session is opened
         self.session: _Session | None = None
         self.addresses: list[str] = []
-        self.away_until_s = 0.0
+        self.away_until_s = time.monotonic()
+
+    def forgettable(self, now_s: float) -> bool:
+        """Whether it is as good as unknown: nodes come and go under ever new names."""
+        if self.session is not None and (self.session.users or self.session.alive()):
+            return False
+        return not self.lock.locked() and now_s >= self.away_until_s + IDLE_S
 
 
 class Peers:
@@ -249,12 +255,20 @@ class Peers:
             yield bulk
 
     def sweep(self) -> None:
-        """Ends sessions that nobody used for long, and the oldest where they are too many."""
+        """Ends sessions that nobody used for long, and the oldest where they are too many.
+        On the loop, as `call`."""
         now_s = time.monotonic()
         with self._lock:
             sessions = [p.session for p in self._places.values() if p.session is not None]
             idle = sorted((s for s in sessions if not s.users), key=lambda s: s.used_s)
             surplus = len(sessions) - MAX_SESSIONS
+            for node, place in list(self._places.items()):
+                if place.forgettable(now_s):
+                    del self._places[node]
+                    self._gates.pop(node, None)  # calls go on through their old one
+            forgotten = {s for s in sessions if not s.alive() and not s.users}
+        for session in forgotten:
+            session.close()
         for index, session in enumerate(idle):
             if session.used_s + IDLE_S < now_s or index < surplus:
                 session.close()  # whoever takes it at this moment finds it ended, and tries again

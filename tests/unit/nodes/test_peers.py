@@ -20,6 +20,7 @@ from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status
 from kvfabric.wire.connection import Connection
 from kvfabric_client import Room
+from kvfabric_nodes import peers as peers_module
 from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.node import Node
 from kvfabric_nodes.pulls import MIN_BYTES_PER_S, Outcome, Pulled, PullLimits, PullOrder
@@ -429,6 +430,17 @@ def test_a_pull_without_a_token_fails_and_says_so(source: Node, target: Node) ->
     pulled = pull(target, source, KEYS[:1])
     assert outcomes(pulled) == [Outcome.FAILED]
     assert "no peer_token" in pulled.why
+
+
+def test_nodes_that_are_gone_are_forgotten(
+    source: Node, target: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = target.neighbours.peers
+    assert pull(target, source, KEYS[:1]) is not None
+    assert peers._places.keys() == {"source"}
+    source.stop()
+    monkeypatch.setattr(peers_module, "IDLE_S", 0.0)
+    wait_for(lambda: not peers._places)
 
 
 def test_a_node_that_does_not_answer_is_not_asked_again_at_once(target: Node) -> None:
