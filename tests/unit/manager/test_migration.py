@@ -11,6 +11,7 @@ from tests.unit.manager.small_fabric import (
     key,
     keys,
     succeeded,
+    unpacked,
 )
 
 from kvfabric.errors import Broken, Refused, Retry
@@ -203,6 +204,69 @@ def test_a_copy_that_dies_before_the_drop_is_made_anew() -> None:
     assert all(made.holders(number) == {"c"} for number in range(200))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_destination_that_dies_when_its_copies_were_seen_costs_nothing(seed: int) -> None:
+    """The source has been told to drop, or is about to be: the manager knows of no death yet."""
+    made = fabric(seed)
+    made.delay_s = 3.0
+    begin(made, wish(*range(64)))
+    other = begin(made, Wish(ROOM, keys(range(100, 200)), A, None))
+    until_told_to_drop(made)
+
+    made.kill("b")
+    made.until_ended(other)
+    made.until_quiet()
+
+    assert made.void_drops
+    assert all(made.holders(number) for number in range(200))
+    assert all(made.holders(number) == {"c"} for number in range(100, 200))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_replica_s_holder_that_dies_before_a_surplus_one_is_dropped(seed: int) -> None:
+    made = fabric(seed)
+    made.delay_s = 3.0
+    made.put("b", range(64))
+    made.run(1)
+    begin(made, wish(*range(64)))  # they lie there already
+    until_told_to_drop(made)
+
+    made.kill("b")
+    made.until_quiet()
+
+    assert made.void_drops
+    assert all(made.holders(number) for number in range(200))
+
+
+def until_told_to_drop(made: SmallFabric) -> None:
+    end_s = made.now_s + 60
+    while "b" not in {
+        holder.node for *_, command in made.nodes[A].todo for holder in command.drop.holders
+    }:
+        assert made.now_s < end_s
+        made.step()
+
+
+def test_who_has_copies_is_named_to_who_drops_its_own() -> None:
+    made = fabric()
+    made.delay_s = 100.0
+    made.put("b", [1, 2])
+    made.put("c", [2])
+    made.run(1)
+
+    begin(made, wish(1, 2))
+    until_told_to_drop(made)
+
+    named = {
+        each: [holder.node for holder in command.drop.holders]
+        for *_, command in made.nodes[A].todo
+        for each in unpacked(command.drop.keys)
+    }
+    assert named == {key(1): ["b"], key(2): ["b", "c"]}
+    endpoints = made.nodes[A].todo[0][2].drop.holders[0].endpoints
+    assert (endpoints.host, endpoints.unix_path) == ("b", "/b")
+
+
 def test_a_source_that_dies_ends_the_move() -> None:
     made = fabric()
     made.delay_s = 3.0
@@ -228,6 +292,24 @@ def test_a_move_that_is_cancelled_begins_nothing_more() -> None:
     made.core.moving.mover.cancel(move.number, made.now_s)  # may be repeated
     with pytest.raises(Refused, match="no move 77"):
         made.core.moving.mover.cancel(77, made.now_s)
+
+
+def test_a_cancelled_move_ends_the_pulls_that_were_taken() -> None:
+    made = fabric()
+    made.delay_s = 100.0
+    move = begin(made, wish(*range(200)))
+    other = begin(made, wish(*range(200), destination=C, copy=True))
+    made.run(2)
+    pulls = [command.pull.move for *_, command in made.nodes[B].todo if command.HasField("pull")]
+    assert set(pulls) == {move.number}
+
+    made.core.moving.mover.cancel(move.number, made.now_s)
+    made.run(1)
+
+    told = [command.cancel.move for *_, command in made.nodes[B].todo if command.HasField("cancel")]
+    assert told == [move.number]
+    assert not any(command.HasField("cancel") for *_, command in made.nodes[C].todo)
+    assert other.state is MoveState.COPYING
 
 
 def test_a_throttled_move_takes_its_time() -> None:
