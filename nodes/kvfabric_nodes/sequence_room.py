@@ -16,6 +16,8 @@ from kvfabric_nodes.handler import Handler, MakeRoom
 from kvfabric_nodes.sequence import Block, OpenSequence, Shape
 from kvfabric_nodes.sequences import Sequences
 
+ZEROED_BYTES = 64 << 20  # by one call: some hundredths of a second of the loop
+
 FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
 """Brings shards from other nodes here, as far as it can; answers when it is done."""
 
@@ -43,13 +45,19 @@ class SequenceRoom:
 
     def open_blocks(self, sequence: OpenSequence, blocks: int) -> tuple[int, str]:
         """Opens blocks as `Sequences.extend`; whoever cannot see them must know what is in them."""
-        before = len(sequence.tails)
-        answer = self.sequences.extend(sequence, blocks, self._handler.clock.now())
+        before, size_bytes = len(sequence.tails), sequence.shape.size_bytes
+        unseen = sequence.session is not None and not sequence.session.shares_memory
+        most = before + max(1, ZEROED_BYTES // size_bytes) if unseen else blocks
+        lacking, reason = self.sequences.extend(
+            sequence, min(blocks, most), self._handler.clock.now()
+        )
         self._handler.renew_memory()
-        if sequence.session is not None and not sequence.session.shares_memory:
+        if unseen:
             for tail in sequence.tails[before:]:
-                self.view(tail.extent, sequence.shape)[:] = bytes(sequence.shape.size_bytes)
-        return answer
+                self.view(tail.extent, sequence.shape)[:] = bytes(size_bytes)
+        if most < blocks and not reason:
+            reason = f"{most - before} blocks at a time; extend again for more"
+        return lacking, reason
 
     async def seek(self, sequence: OpenSequence, tenant: str, blocks: int, within_s: float) -> bool:
         """Whether room came free; the sequence does not end for idleness meanwhile."""

@@ -15,6 +15,7 @@ from kvfabric.errors import Conflict, Refused
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Status
 from kvfabric.wire.connection import Connection
+from kvfabric_nodes import sequence_room
 from kvfabric_nodes.node import Node
 
 from .conftest import Start, address, key, payload
@@ -148,6 +149,20 @@ def test_a_fork_of_a_sealed_block_copies_it_and_shares_the_rest(node: Node, link
     stats = link.call("Stats", node_pb2.StatsRequest()).stats
     assert stats.tiers[0].shards == 3
     assert stats.tiers[0].held_bytes == 3 * BLOCK_BYTES
+
+
+def test_blocks_that_have_to_be_cleared_are_opened_a_few_at_a_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence_room, "ZEROED_BYTES", 2 * BLOCK_BYTES)
+    guest = Guest(node)
+    with contextlib.closing(guest.channel):
+        writer = Writer(guest)
+        some = writer.call("Extend", blocks=3)
+        assert len(some.tails.segments) == 2
+        assert "extend again" in some.reason
+        rest = writer.call("Extend", blocks=3)
+        assert (len(rest.tails.segments), rest.reason) == (3, "")
 
 
 def test_a_checksum_that_is_wrong_leaves_the_block_open(link: Any) -> None:
