@@ -463,8 +463,8 @@ def test_a_node_that_does_not_answer_is_not_asked_again_at_once(target: Node) ->
 # Commands -----------------------------------------------------------------------------
 
 
-def obey(node: Node, epoch: int = 1, **what: Any) -> None:
-    command = control_pb2.Command(id=7, why="as the test says", **what)
+def obey(node: Node, epoch: int = 1, number: int = 7, **what: Any) -> None:
+    command = control_pb2.Command(id=number, why="as the test says", **what)
     on(node, lambda: node.neighbours.commands.obey([command], epoch))
 
 
@@ -519,6 +519,28 @@ def test_a_pull_that_is_commanded_again_and_again_is_one(source: Node, target: N
     wait_for(lambda: all(holds(target, KEYS)))
     wait_for(lambda: not len(target.neighbours.puller.pulls))
     assert_sent(source, len(KEYS) * SHARD_BYTES)
+
+
+def test_a_cancelled_moves_pulls_end_and_no_others(source: Node, target: Node) -> None:
+    put(source, KEYS)
+    slow = pull_command(source, KEYS[:10])
+    slow.bytes_per_s, slow.move = MIN_BYTES_PER_S, 3  # takes two seconds
+    other = pull_command(source, KEYS[10:])
+    other.bytes_per_s, other.move = MIN_BYTES_PER_S, 4
+    pulls = target.neighbours.puller.pulls
+    obey(target, 2, pull=slow)
+    obey(target, 2, 8, pull=other)
+    assert len(pulls) == 2
+
+    obey(target, 1, cancel=control_pb2.Command.Cancel(move=3))  # of another manager
+    obey(target, 2, cancel=control_pb2.Command.Cancel(move=5))
+    assert len(pulls) == 2
+    obey(target, 2, cancel=control_pb2.Command.Cancel(move=3))
+    obey(target, 2, cancel=control_pb2.Command.Cancel(move=3))  # may come again
+    wait_for(lambda: not len(pulls))
+
+    assert all(holds(target, KEYS[10:]))
+    assert not all(holds(target, KEYS[:10]))
 
 
 def test_a_drop_waits_for_leases_and_spares_what_is_needed(source: Node, target: Node) -> None:
