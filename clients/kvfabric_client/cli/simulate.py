@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from kvfabric.simulation.trial import Trial
 
 
+MANY_NODES = 1000
+DIRECTORY_KEYS = 10_000_000
+SHORT_WINDOW_S = 60.0  # a long request's whole life and more
+
+
 class Workload(enum.StrEnum):
     """Lengths of requests: see kvfabric.simulation.parameters."""
 
@@ -34,6 +39,13 @@ def simulate(
         Workload, typer.Option(help="Lengths of requests, run with and without lending.")
     ] = Workload.both,
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of KV.")] = 512,
+    directory: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Shards of a directory that is measured, too; 10,000,000 from 1,000 nodes on.",
+        ),
+    ] = None,
     faults: Annotated[
         bool, typer.Option("--faults", help="Short runs of small clusters in which much fails.")
     ] = False,
@@ -58,7 +70,9 @@ def simulate(
         _search(seed, minutes, json_file)
         return
     count = sequences or min(1000 * nodes, 100_000)
-    _measure(nodes, count, seed, workload, block_tokens, json_file, png)
+    if directory is None:
+        directory = DIRECTORY_KEYS if nodes >= MANY_NODES else 0
+    _measure(nodes, count, seed, workload, block_tokens, directory, json_file, png)
 
 
 def _measure(
@@ -67,10 +81,13 @@ def _measure(
     seed: int,
     workload: Workload,
     block_tokens: int,
+    directory: int,
     json_file: Path | None,
     png: Path | None,
 ) -> None:
-    from kvfabric.simulation import parameters, picture, report
+    from dataclasses import asdict
+
+    from kvfabric.simulation import parameters, picture, report, scale
     from kvfabric.simulation.nodes import factory
 
     make = factory()
@@ -90,6 +107,8 @@ def _measure(
     if png is not None:
         picture.draw(trials, png)
     found = report.report(setup, trials)
+    if directory:
+        found["directory"] = asdict(scale.measure_apart(nodes, directory))
     _put(found, json_file)
     if json_file is None or str(json_file) != "-":
         _show(found)
@@ -125,6 +144,19 @@ def _show(found: dict[str, Any]) -> None:
             f"{name}: with lending {gain['tokens_per_s']:.3f} x the tokens generated a second, "
             f"{gain['served_tokens_per_s']:.3f} x the tokens served, "
             f"{gain['imbalance']:.2f} x the imbalance"
+        )
+    if found["window_s"] < SHORT_WINDOW_S:
+        out.print(
+            f"[yellow]only {found['window_s']:.0f} s are simulated, in which instances hardly "
+            "fill: for what lending gains take fewer nodes, or more sequences[/]"
+        )
+    if "directory" in found:
+        large = found["directory"]
+        out.print(
+            f"a directory of {large['keys']:,} shards on {large['nodes']:,} nodes: "
+            f"{size(large['memory_bytes'])}, {large['shard_us']:.1f} us a shard in deltas, "
+            f"{large['locate_us_median']:.0f} us to locate 400 keys, longest pause "
+            f"{large['most_pause_ms']:.0f} ms ({large['most_pause_for']})"
         )
     violations = [each for run in runs for each in run["violations"]]
     for each in violations:

@@ -1,6 +1,9 @@
 """The model of engines, links and requests: every figure that a run stands on, with its source.
 
-Written down before the planner was tuned, and the same with and without lending.
+The same with and without lending. Model, lengths, rates and the cap were chosen while the
+simulator was built, by trying what makes memory and not arithmetic the limit of an instance:
+lending gains only there. With requests that all instances share evenly, or that leave memory
+free, it gains little or nothing, as `uniform` shows.
 
 | what | value | source |
 |---|---|---|

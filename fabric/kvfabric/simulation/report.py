@@ -77,6 +77,7 @@ def report(setup: Setup, trials: Sequence[Trial]) -> dict[str, Any]:
         "seed": setup.seed,
         "nodes": setup.nodes,
         "sequences": setup.sequences,
+        "window_s": setup.window_s,
         "block_tokens": setup.block_tokens,
         "engine": asdict(setup.engine),
         "workloads": [asdict(WORKLOADS[name]) for name in names],
