@@ -62,7 +62,8 @@ class Confirming:
             log.info("drop_not_confirmed", node=question.node, why=str(error))
         else:
             lease = response.lease
-            verdicts = zip(question.keys, response.statuses, strict=True)
+            # An answer that is too short says nothing of the rest.
+            verdicts = zip(question.keys, response.statuses, strict=False)
             held = frozenset(key for key, status in verdicts if status == Status.OK)
         told(question, held)
         if lease:
