@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfabric.errors import Conflict, FabricError, Retry, Unreachable
+from kvfabric.errors import Conflict, FabricError, Refused, Retry, Unreachable
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import BATCH_KEYS
 from kvfabric_client.blocks import BlockShape
@@ -80,13 +81,39 @@ class Opening:
         )
 
     def _open(self, link: Link, deadline: Deadline, resume: int = 0) -> tuple[Home, int]:
-        answer = link.call("open_sequence", self._request(resume), deadline.at_s)
-        opened = answer.open_sequence_response
+        if resume:
+            opened = self._call(link, deadline, (), resume)
+        else:
+            opened = self._call(link, deadline, self.blocks[:BATCH_KEYS])
+            try:
+                self._go_on(link, deadline, opened)
+            except FabricError:
+                self._close(link, deadline, opened)
+                raise
         idle_s = opened.idle_ms / 1000 or self.idle_s
         home = Home(self.room, self.shape, link, opened.sequence, opened.epoch, idle_s)
         return home, opened.length
 
-    def _request(self, resume: int) -> node_pb2.OpenSequenceRequest:
+    def _go_on(self, link: Link, deadline: Deadline, opened: node_pb2.OpenSequenceResponse) -> None:
+        """The blocks that the first call could not take, up to the first that nobody has."""
+        for start in range(BATCH_KEYS, len(self.blocks), BATCH_KEYS):
+            if opened.length < self.blocks[start].start:
+                return
+            some = self.blocks[start : start + BATCH_KEYS]
+            try:
+                opened.length = self._call(link, deadline, some, opened.sequence).length
+            except Refused:  # by a node of an earlier version: they are appended again
+                return
+
+    def _close(self, link: Link, deadline: Deadline, opened: node_pb2.OpenSequenceResponse) -> None:
+        """Nobody will know of it."""
+        request = node_pb2.CloseSequenceRequest(sequence=opened.sequence, epoch=opened.epoch)
+        with contextlib.suppress(FabricError):  # then it ends by itself
+            link.call("close_sequence", request, deadline.at_s)
+
+    def _call(
+        self, link: Link, deadline: Deadline, blocks: Sequence[Sealed], resume: int = 0
+    ) -> node_pb2.OpenSequenceResponse:
         shape = self.shape
         request = node_pb2.OpenSequenceRequest(
             namespace_id=self.room.id,
@@ -95,10 +122,8 @@ class Opening:
             block_tokens=shape.block_tokens,
             idle_ms=milliseconds(self.idle_s),
             resume=resume,
+            keys=[block.key for block in blocks],
         )
-        if not resume:
-            blocks = self.blocks[:BATCH_KEYS]  # what is more than a call takes is appended again
-            request.keys.extend(block.key for block in blocks)
-            if any(block.tokens < shape.block_tokens for block in blocks):
-                request.tokens.extend(block.tokens for block in blocks)
-        return request
+        if any(block.tokens < shape.block_tokens for block in blocks):
+            request.tokens.extend(block.tokens for block in blocks)
+        return link.call("open_sequence", request, deadline.at_s).open_sequence_response

@@ -70,15 +70,15 @@ class SequenceCalls:
     ) -> Coroutine[Any, Any, None] | None:
         if session.between_nodes:
             raise Denied("sequences are for clients; this session is another node's")
-        if request.resume:
-            if request.keys:
-                raise Refused("a sequence that is resumed has its blocks; give no keys")
+        if request.resume and not request.keys:
             idle_s = request.idle_ms / 1000
             found = self.sequences.resume(session, request.resume, idle_s, self._now())
             self.room.keep(found)
             self._put_opened(found, response)
             return None
         namespace, keys = NamespaceId(request.namespace_id), checked_keys(request.keys)
+        if request.resume:
+            namespace = self.sequences.find(session, request.resume, self._now()).namespace
         self._core.admit(session, namespace, len(keys))
         room = self._core.shards.room(namespace)
         absent = [key for key in keys if key not in room]
@@ -121,7 +121,10 @@ class SequenceCalls:
         keys: list[Key],
         elsewhere: Mapping[Key, str],
     ) -> None:
-        shape = _shape(request, self._core.extents.segment_bytes)
+        if request.resume:
+            shape = self.sequences.find(session, request.resume, self._now()).shape
+        else:
+            shape = _shape(request, self._core.extents.segment_bytes)
         counts = list(request.tokens) or [shape.block_tokens] * len(keys)
         if len(counts) != len(keys):
             raise Refused(f"{len(counts)} token counts for {len(keys)} keys; give none or one each")
@@ -132,8 +135,11 @@ class SequenceCalls:
             Block(key, tokens, "" if key in room else elsewhere[key])
             for key, tokens in zip(keys[:first_miss], counts, strict=False)
         ]
-        idle_s = seconds(request.idle_ms)
-        sequence = self.sequences.open(session, namespace, shape, blocks, idle_s, self._now())
+        if request.resume:
+            sequence = self.sequences.go_on(session, request.resume, blocks, self._now())
+        else:
+            idle_s = seconds(request.idle_ms)
+            sequence = self.sequences.open(session, namespace, shape, blocks, idle_s, self._now())
         self.room.keep(sequence)
         response.statuses.extend([Status.OK if is_held else Status.MISS for is_held in held])
         self._put_opened(sequence, response)

@@ -67,14 +67,52 @@ class Sequences:
     ) -> OpenSequence:
         """A sequence that begins with these blocks; the session is its writer."""
         self.core.admit(session, namespace, 0)
-        if self.core.draining:
-            raise Retry("this node is being drained; open the sequence on another one")
         if shape.size_bytes > self.core.extents.segment_bytes:
             raise Refused(
                 f"blocks of {shape.size_bytes} bytes do not fit into a segment of "
                 f"{self.core.extents.segment_bytes}; give the node larger segments"
             )
-        if len({block.key for block in blocks}) < len(blocks):
+        self._check_blocks(namespace, shape, (), blocks)
+        sequence = self._begin(session, namespace, shape, idle_s, now_s, None)
+        self._take(sequence, blocks)
+        return sequence
+
+    def go_on(
+        self, session: Session, sequence_id: int, blocks: Sequence[Block], now_s: float
+    ) -> OpenSequence:
+        """A sequence that has nothing open begins with further blocks; for its writer."""
+        sequence = self.find(session, sequence_id, now_s)
+        if sequence.session is not session:
+            raise Conflict(
+                f"this is not the writer of sequence {sequence_id}: resume it without keys first"
+            )
+        if sequence.tails or sequence.forks or sequence.root is not None:
+            raise Refused(
+                f"sequence {sequence_id} has open blocks or forks, or is one: nothing that is "
+                "sealed comes behind these; append it"
+            )
+        self._check_blocks(sequence.namespace, sequence.shape, sequence.blocks, blocks)
+        self._take(sequence, blocks)
+        return sequence
+
+    def _take(self, sequence: OpenSequence, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self.sharing.take(sequence, block)
+        sequence.length = sequence.sealed
+
+    def _check_blocks(
+        self,
+        namespace: NamespaceId,
+        shape: Shape,
+        before: Sequence[Block],
+        blocks: Sequence[Block],
+    ) -> None:
+        """Refuses what a sequence with some blocks already cannot go on with."""
+        if self.core.draining:
+            raise Retry("this node is being drained; open the sequence on another one")
+        if len(before) + len(blocks) > self.limits.blocks:
+            raise Refused(f"a sequence has at most {self.limits.blocks} sealed blocks")
+        if len({block.key for block in (*before, *blocks)}) < len(before) + len(blocks):
             raise Refused("a sequence has every block once; a key is named twice")
         for block in blocks:
             if not 0 < block.tokens <= shape.block_tokens:
@@ -83,11 +121,6 @@ class Sequences:
                     f"{shape.block_tokens}"
                 )
             self._check_size(namespace, block.key, shape)
-        sequence = self._begin(session, namespace, shape, idle_s, now_s, None)
-        for block in blocks:
-            self.sharing.take(sequence, block)
-        sequence.length = sequence.sealed
-        return sequence
 
     def _check_size(self, namespace: NamespaceId, key: Key, shape: Shape) -> None:
         shard = self.core.shards.get(namespace, key)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvfabric.errors import Conflict, Refused
+from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.keys import chain, shard_key
-from kvfabric.types import Format, Part
+from kvfabric.types import BATCH_KEYS, Format, Part, Status
 from kvfabric_client import Client, Room
+from kvfabric_client.blocks import shape_of
+from kvfabric_client.outline import Outline
 from kvfabric_client.sequence_opening import Opening
 from kvfabric_client.sequence_reads import Missing
 from kvfabric_client.tails import APPEND_BYTES
@@ -305,3 +307,67 @@ def test_another_session_that_became_the_writer_fences_this_one(room: Room, clie
     with pytest.raises(Conflict, match="another writer has taken sequence"):
         sequence.append([1], kv(1))  # not even from a session anew
     sequence.close()
+
+
+LONG = 2 * BATCH_KEYS + 5  # blocks
+ONE = Format("float32", block_tokens=1, layers=1, kv_heads=1, head_dim=2)
+
+
+def put_blocks(room: Room, prompt: list[int], but: int = -1) -> Floats:
+    """Every token is a shard of its own then, except one."""
+    floats = kv(len(prompt), form=ONE)
+    blocks = Outline(room.id, shape_of(ONE)).named(prompt)
+    keys = [block.key for block in blocks if block.start != but]
+    shards = [floats[..., b.start : b.end, :].tobytes() for b in blocks if b.start != but]
+    assert set(room.put(keys, shards)) == {Status.OK}
+    return floats
+
+
+def test_a_context_of_more_blocks_than_a_call_takes_is_opened_whole(room: Room) -> None:
+    prompt = ids(LONG)
+    floats = put_blocks(room, prompt)
+    with room.sequence(ONE, tokens=prompt) as sequence:
+        assert sequence.length == sequence.sealed == LONG
+        assert np.array_equal(sequence.read(LONG - 10), floats[..., -10:, :])
+        assert sequence.append([1], kv(1, form=ONE)) == LONG + 1
+        described = sequence.writer.home.describe(room.client.deadline(None))
+        assert described.epoch == 1
+        assert len(described.keys) == LONG + 1
+
+
+@pytest.mark.parametrize("hole", [BATCH_KEYS - 1, BATCH_KEYS, 2 * BATCH_KEYS + 1])
+def test_a_long_context_is_opened_up_to_its_first_hole(room: Room, hole: int) -> None:
+    prompt = ids(LONG)
+    put_blocks(room, prompt, but=hole)
+    with room.sequence(ONE, tokens=prompt) as sequence:
+        assert sequence.length == hole
+
+
+def test_a_node_that_takes_no_further_blocks_opens_the_first_ones(
+    room: Room, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version does."""
+    prompt = ids(LONG)
+    put_blocks(room, prompt)
+
+    def go_on(*_: object) -> None:
+        raise Refused("a sequence that is resumed has its blocks; give no keys")
+
+    monkeypatch.setattr(node.sequences, "go_on", go_on)
+    with room.sequence(ONE, tokens=prompt) as sequence:
+        assert sequence.length == BATCH_KEYS
+
+
+def test_a_long_context_that_cannot_be_opened_whole_is_closed(
+    room: Room, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = ids(LONG)
+    put_blocks(room, prompt)
+
+    def go_on(*_: object) -> None:
+        raise Retry("a failure that passes")
+
+    monkeypatch.setattr(node.sequences, "go_on", go_on)
+    with pytest.raises(Retry, match="a failure that passes"):
+        room.sequence(ONE, tokens=prompt)
+    assert not node.sequences.all

@@ -96,6 +96,46 @@ def test_what_no_sequence_can_be_is_refused(
         sequences.open(desk.session, desk.namespace, shape, blocks, IDLE_S, 0.0)
 
 
+def test_a_sequence_with_nothing_open_goes_on_with_further_blocks(
+    sequences: Sequences, desk: Desk, keys: Keys
+) -> None:
+    desk.chain(keys(1, 2, 3))
+    sequence = begin(sequences, desk, keys(1))
+
+    further = [Block(key, TOKENS) for key in keys(2, 3, 4)]
+    assert sequences.go_on(desk.session, sequence.id, further, 0.0) is sequence
+
+    assert (sequence.length, sequence.epoch, sequence.away) == (4 * TOKENS, 1, 1)
+    assert [block.key for block in sequence.blocks] == keys(1, 2, 3, 4)
+    sequences.extend(sequence, 1, 0.0)
+    write(sequences, sequence, 1)
+
+
+def test_only_the_writer_of_what_has_nothing_open_goes_on_with_further_blocks(
+    sequences: Sequences, desk: Desk, core: NodeCore, keys: Keys
+) -> None:
+    sequence = begin(sequences, desk, keys(1))
+    two = [Block(key, TOKENS) for key in keys(2)]
+
+    with pytest.raises(Conflict, match="not the writer"):
+        sequences.go_on(Desk(core).session, sequence.id, two, 0.0)
+    with pytest.raises(Refused, match="named twice"):
+        sequences.go_on(desk.session, sequence.id, [Block(keys(1)[0], TOKENS)], 0.0)
+    with pytest.raises(Refused, match="a block of 5 tokens"):
+        sequences.go_on(desk.session, sequence.id, [Block(keys(2)[0], 5)], 0.0)
+    many = [Block(key, TOKENS) for key in keys(*range(2, 22))]
+    with pytest.raises(Refused, match="at most 20 sealed blocks"):
+        sequences.go_on(desk.session, sequence.id, many, 0.0)
+    core.draining = True
+    with pytest.raises(Retry, match="drained"):
+        sequences.go_on(desk.session, sequence.id, two, 0.0)
+    core.draining = False
+    sequences.extend(sequence, 1, 0.0)
+    with pytest.raises(Refused, match="open blocks or forks"):
+        sequences.go_on(desk.session, sequence.id, two, 0.0)
+    assert sequence.length == TOKENS
+
+
 def test_a_draining_node_opens_none_but_goes_on_with_those_it_has(
     sequences: Sequences, desk: Desk, keys: Keys
 ) -> None:

@@ -151,7 +151,9 @@ class SequenceMachine(RuleBasedStateMachine):
             if self.core.shards.get(SPACE, key) is None:
                 break
             found.append(Block(key, len(tokens)))
-        sequence = self.sequences.open(session, SPACE, SHAPE, found, IDLE_S, self.now_s)
+        first, rest = found[: n % 5], found[n % 5 :]  # in one call or in two
+        sequence = self.sequences.open(session, SPACE, SHAPE, first, IDLE_S, self.now_s)
+        self.sequences.go_on(session, sequence.id, rest, self.now_s)
         self._twin(Twin(sequence, session, 1, [list(b) for b in prefix[: len(found)]]))
 
     def _resume(self, n: int, m: int) -> None:

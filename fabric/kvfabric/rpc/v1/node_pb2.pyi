@@ -849,7 +849,9 @@ class OpenSequenceRequest(_message.Message):
     idle_ms: _builtins.int
     """how long it lives between two calls"""
     resume: _builtins.int
-    """or 0: a sequence of this node whose writer the caller becomes"""
+    """Or 0: a sequence of this node whose writer the caller becomes; with `keys`
+    one whose writer it is, which begins with these too.
+    """
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """blocks that it begins with"""
