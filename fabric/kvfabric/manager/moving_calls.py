@@ -114,6 +114,9 @@ class MovingCalls(Calls):
 
     def _cancel_drain(self, node: NodeId) -> control_pb2.DrainResponse:
         with self._changes:
+            with self._lock:
+                if node not in self._core.moving.rules.drains:
+                    raise Refused(f"{node} is not being drained; `kvfabric status` shows who is")
             self._rules_store.end_drain(node)
             with self._lock:
                 now_s = self._clock.now()
