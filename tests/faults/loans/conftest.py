@@ -67,6 +67,7 @@ class Lenders:
         self.nodes: dict[str, NodeProcess] = {}
         self.clients: list[Client] = []
         self.patience_s = PATIENCE_S
+        self.memory = MEMORY
         # Where they run, by name ("": the manager), if not here: namespace and address.
         self.hosts: dict[str, str] = {}
         self.addresses: dict[str, str] = {}
@@ -82,9 +83,9 @@ class Lenders:
             self._options = (*QUICK, "--store", store)
         listen = f"{self.addresses.get('', '127.0.0.1')}:0"
         self.start_manager(listen, failpoints.get("manager", ""))
-        for name in MEMORY:
+        for name in self.memory:
             self.start_node(name, failpoints.get(name, ""))
-        until(lambda: len(self.alive()) == len(MEMORY), "all nodes are known")
+        until(lambda: len(self.alive()) == len(self.memory), "all nodes are known")
         return self
 
     def start_manager(self, listen: str, failpoint: str = "") -> None:
@@ -95,10 +96,10 @@ class Lenders:
 
     def start_node(self, name: str, failpoint: str = "") -> NodeProcess:
         options: tuple[str, ...] = (
-            *("--manager", self.manager.address, "--memory", MEMORY[name]),
+            *("--manager", self.manager.address, "--memory", self.memory[name]),
             *("--loan-s", str(self.patience_s), "--recall-s", str(self.patience_s)),
         )
-        lends = () if name == "home" else ("--lend", MEMORY[name])
+        lends = () if name == "home" else ("--lend", self.memory[name])
         if address := self.addresses.get(name):
             options += tuple(
                 word for each in ("--tcp", "--grpc", "--metrics") for word in (each, f"{address}:0")
