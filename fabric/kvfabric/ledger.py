@@ -151,11 +151,14 @@ class Ledger:
         """What each node owes each other by the creditors' word, loans that rest only.
 
         Debts of nodes that are gone, or have started anew, are left out: nobody repays them.
+        So are shards that are only kept where they were: no memory of others was taken.
         """
         owed: dict[tuple[NodeId, NodeId], int] = {}
         for loan in self.lent():
-            if loan.state in RESTING and (
-                self._incarnations.get(NodeId(loan.debtor)) == loan.debtor_incarnation
+            if (
+                loan.state in RESTING
+                and not loan.in_place
+                and (self._incarnations.get(NodeId(loan.debtor)) == loan.debtor_incarnation)
             ):
                 pair = NodeId(loan.debtor), NodeId(loan.creditor)
                 owed[pair] = owed.get(pair, 0) + loan.size_bytes
@@ -170,12 +173,13 @@ class Ledger:
         return cycles(self.debts())
 
     def loans_between(self, debtor: NodeId, creditor: NodeId) -> list[Loan]:
-        """Resting loans between two nodes by the creditor's word, largest first."""
+        """The same two nodes' loans that `debts` counts, largest first."""
         loans = [
             loan
             for loan in self._lent.get(creditor, {}).values()
             if loan.debtor == debtor
             and loan.state in RESTING
+            and not loan.in_place
             and loan.debtor_incarnation == self._incarnations.get(debtor)
         ]
         return sorted(loans, key=lambda loan: (-loan.size_bytes, loan.id))

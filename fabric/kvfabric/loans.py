@@ -77,6 +77,7 @@ class Loan:
     creditor_incarnation: int
     state: LoanState
     size_bytes: int  # slots, reserved ones included
+    in_place: bool = False  # the creditor had the shards before: no bytes were moved for it
 
     @property
     def id(self) -> LoanId:
@@ -102,6 +103,7 @@ def to_columns(loans: Iterable[Loan]) -> control_pb2.Loans:
         columns.creditor_incarnation.append(loan.creditor_incarnation)
         columns.state.append(loan.state.value)
         columns.size_bytes.append(loan.size_bytes)
+        columns.in_place.append(loan.in_place)
     return columns
 
 
@@ -116,6 +118,7 @@ def from_columns(columns: control_pb2.Loans) -> list[Loan]:
         columns.creditor_incarnation,
         columns.state,
         columns.size_bytes,
+        columns.in_place or [False] * count,  # an older node does not say
     )
     if any(len(column) != count for column in rest):
         lengths = ", ".join(str(len(column)) for column in rest)
@@ -124,8 +127,8 @@ def from_columns(columns: control_pb2.Loans) -> list[Loan]:
     if unknown := set(columns.state) - known:
         raise Refused(f"unknown states of loans {sorted(unknown)}; use the sender's version here")
     return [
-        Loan(loan, debtor, debtor_incarnation, creditor, incarnation, LoanState(state), size_bytes)
-        for loan, debtor, debtor_incarnation, creditor, incarnation, state, size_bytes in zip(
+        Loan(loan, debtor, debtor_life, creditor, life, LoanState(state), size_bytes, in_place)
+        for loan, debtor, debtor_life, creditor, life, state, size_bytes, in_place in zip(
             columns.loan, *rest, strict=True
         )
     ]

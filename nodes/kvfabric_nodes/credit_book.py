@@ -30,6 +30,7 @@ class Credit:
     tenant: str
     endpoints: types_pb2.Endpoints  # the debtor's
     expires_s: float
+    in_place: bool = False  # its keys were here before
     state: LoanState = LoanState.REQUESTED
     reason: str = ""  # why some keys are not lent
     keys: dict[Key, int] = field(default_factory=dict)  # with their slots' bytes
@@ -107,6 +108,7 @@ class CreditBook:
                 me.incarnation,
                 credit.state,
                 credit.size_bytes,
+                credit.in_place,
             )
 
     def due_s(self) -> float:

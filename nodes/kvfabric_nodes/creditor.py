@@ -166,7 +166,10 @@ class Creditor:
         namespace = NamespaceId(request.namespace_id)
         self._core.learn(namespace, request.tenant)
         asker = request.debtor_endpoints if request.HasField("debtor_endpoints") else None
-        credit = Credit(loan_id, namespace, request.tenant, asker or request.endpoints, now_s)
+        here_already = request.source == self._me.node
+        credit = Credit(
+            loan_id, namespace, request.tenant, asker or request.endpoints, now_s, here_already
+        )
         self._book.all[loan_id] = credit
         absent: dict[Key, int] = {}
         for key, size_bytes in zip(map(Key, request.keys), sizes, strict=True):
@@ -180,7 +183,7 @@ class Creditor:
                     self._book.take(credit, key, slot, now_s)
                 else:
                     credit.reason = f"{self._me.node} has it with {shard.size_bytes} bytes"
-            elif request.source == self._me.node:
+            elif here_already:
                 credit.reason = f"{self._me.node} has them no more"
             else:
                 absent[key] = size_bytes

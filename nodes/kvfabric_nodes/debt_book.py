@@ -45,6 +45,7 @@ class DebtBook:
                 debt.incarnation,
                 debt.state,
                 len(debt.stages) * debt.batch.slot_bytes,
+                in_place=debt.reclaims,
             )
 
     @property

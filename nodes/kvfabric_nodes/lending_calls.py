@@ -103,11 +103,15 @@ class LendingCalls:
         size_bytes: int,
         keys: Sequence[Key],
     ) -> None:
-        """Keeps what lies at others: see Lending.claim. Nobody waits for it."""
-        if self.inquiries is not None:
+        """Keeps what lies at others: see Lending.claim. Whoever calls does not wait for it."""
+
+        def claim() -> None:
             now_s = self._clock.now()
             self._lending.claim(namespace, tenant, layers, size_bytes, keys, now_s)
             self.carry_out()
+
+        if self.inquiries is not None:
+            self._loop.call_soon(claim)
 
     def command(self, command: control_pb2.Command, epoch: int, now_s: float) -> None:
         """One of the manager's that is lending's."""

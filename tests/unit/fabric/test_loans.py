@@ -24,7 +24,15 @@ from kvfabric.rpc.v1 import control_pb2
 NAMES = st.sampled_from(["node-0", "node-1", "node-2"])
 NUMBERS = st.integers(min_value=0, max_value=2**64 - 1)
 LOANS = st.builds(
-    Loan, NUMBERS, NAMES, NUMBERS, NAMES, NUMBERS, st.sampled_from(LoanState), NUMBERS
+    Loan,
+    NUMBERS,
+    NAMES,
+    NUMBERS,
+    NAMES,
+    NUMBERS,
+    st.sampled_from(LoanState),
+    NUMBERS,
+    st.booleans(),
 )
 
 
@@ -63,6 +71,13 @@ def test_only_what_takes_memory_is_owed() -> None:
 def test_columns_bring_back_what_went_in(loans: list[Loan]) -> None:
     sent = control_pb2.Loans.FromString(to_columns(loans).SerializeToString())
     assert from_columns(sent) == loans
+
+
+def test_an_older_node_does_not_say_what_is_in_place() -> None:
+    held = Loan(1, "a", 7, "b", 8, LoanState.HELD, 4096)
+    columns = to_columns([held])
+    columns.ClearField("in_place")
+    assert from_columns(columns) == [held]
 
 
 def test_columns_that_do_not_fit_together_are_refused() -> None:

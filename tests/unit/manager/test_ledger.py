@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,15 @@ def test_loans_between_two_nodes_come_largest_first_and_only_those_that_rest(
 def test_two_nodes_that_owe_each_other_are_a_circle_of_the_lesser_debt(ledger: Ledger) -> None:
     both(ledger, loan("a", "b", 5 * MIB), loan("b", "a", 2 * MIB))
     assert ledger.cycles() == [[Debt(A, B, 2 * MIB), Debt(B, A, 2 * MIB)]]
+
+
+def test_who_keeps_each_others_prefixes_in_place_has_nothing_to_repay(ledger: Ledger) -> None:
+    kept = [replace(each, in_place=True) for each in (loan("a", "b"), loan("b", "a"))]
+    both(ledger, *kept)
+    assert ledger.lent_bytes() == ledger.borrowed_bytes() == 2 * MIB
+    assert ledger.debts() == []
+    assert ledger.cycles() == []
+    assert ledger.loans_between(A, B) == []
 
 
 def test_a_longer_circle_is_found_and_debts_outside_of_it_are_left_alone(ledger: Ledger) -> None:

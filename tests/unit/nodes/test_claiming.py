@@ -217,6 +217,7 @@ def test_blocks_that_a_sequence_begins_with_are_kept_where_they_are(town: Town) 
     assert places(a, at_home) == {None}
     assert not town.missing()
     assert a.lending.borrowed_bytes == 8 * SHARD_BYTES
+    assert all(loan.in_place for node in town.everybody() for loan in node.loans())
     town.run(3 * town.terms.loan_s)
     town.check_balance()
 

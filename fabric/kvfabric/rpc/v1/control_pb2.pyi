@@ -356,6 +356,7 @@ class Loans(_message.Message):
     CREDITOR_INCARNATION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    IN_PLACE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loan(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -372,6 +373,10 @@ class Loans(_message.Message):
     def size_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """slots, reserved ones included"""
 
+    @_builtins.property
+    def in_place(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """The creditor had the shards before: no bytes were moved for it. Empty: none is so."""
+
     def __init__(
         self,
         *,
@@ -382,10 +387,11 @@ class Loans(_message.Message):
         creditor_incarnation: _abc.Iterable[_builtins.int] | None = ...,
         state: _abc.Iterable[Global___LoanState.ValueType] | None = ...,
         size_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        in_place: _abc.Iterable[_builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["creditor", b"creditor", "creditor_incarnation", b"creditor_incarnation", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "loan", b"loan", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["creditor", b"creditor", "creditor_incarnation", b"creditor_incarnation", "debtor", b"debtor", "debtor_incarnation", b"debtor_incarnation", "in_place", b"in_place", "loan", b"loan", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
