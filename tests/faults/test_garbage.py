@@ -63,6 +63,7 @@ SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FD.TYPE_UINT64: ABSURD_LONGS,
     FD.TYPE_FIXED64: ABSURD_LONGS,
     FD.TYPE_DOUBLE: st.floats(),
+    FD.TYPE_FLOAT: st.floats(width=32),
     FD.TYPE_ENUM: st.sampled_from([0, 1, 2, 5, 99]),
 }
 
