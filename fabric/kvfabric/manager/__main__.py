@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from pydantic import ValidationError
@@ -19,7 +20,6 @@ from kvfabric.errors import FabricError
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 
 FENCED = 3  # exit code
-FENCED_LOOK_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,11 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
-    while signal.sigtimedwait(ends, FENCED_LOOK_S) is None:
-        if server.fenced.is_set():
-            break
+    threading.Thread(target=_end_if_fenced, args=(server,), daemon=True).start()
+    signal.sigwait(ends)
     server.stop()
     return FENCED if server.fenced.is_set() else 0
+
+
+def _end_if_fenced(server: ManagerServer) -> None:
+    server.fenced.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
