@@ -77,8 +77,8 @@ class Renewals:
             if _renew(entry, now_s):
                 entry.due_s = now_s + entry.interval_s
             else:
-                with self._changed:
-                    self._entries.remove(entry)
+                with self._changed:  # it may be gone already: closed meanwhile
+                    self._entries = [each for each in self._entries if each is not entry]
         with self._changed:
             return min((entry.due_s for entry in self._entries), default=None)
 

@@ -272,5 +272,14 @@ def test_a_drain_of_a_node_that_nobody_knows_is_refused(manager: ManagerServer) 
     assert "no node n9" in err
 
 
-def test_a_drain_is_called_off(manager: ManagerServer) -> None:
+def test_a_drain_that_is_not_under_way_cannot_be_called_off(manager: ManagerServer) -> None:
+    status, _, err = run("drain", "n9", "--cancel")
+
+    assert status == 1
+    assert "n9 is not being drained" in err
+
+
+def test_a_drain_is_called_off(manager: ManagerServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, "drain", control_pb2.DrainResponse(waiting="called off: the node serves"))
+
     assert run("drain", "n9", "--cancel")[:2] == (0, "n9 serves again\n")

@@ -20,8 +20,15 @@ class Promise:
         return not self.ends
 
 
+class Turned(Renewals):
+    """Without its thread: only the test says when."""
+
+    def _run(self) -> None:
+        pass
+
+
 class Hand:
-    """A clock that is moved by hand; the thread of `Renewals` waits for it in vain."""
+    """A clock that is moved by hand."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -32,7 +39,7 @@ class Hand:
 
 def test_each_is_renewed_when_it_is_due() -> None:
     clock = Hand()
-    renewals = Renewals(clock)
+    renewals = Turned(clock)
     often, seldom = Promise(), Promise()
     renewals.add(often, 10.0)
     renewals.add(seldom, 25.0)
@@ -47,7 +54,7 @@ def test_each_is_renewed_when_it_is_due() -> None:
 
 def test_what_ended_was_collected_or_is_not_used_is_forgotten() -> None:
     clock = Hand()
-    renewals = Renewals(clock)
+    renewals = Turned(clock)
     ended, unused, away = Promise(ends=True), Promise(), Promise(fails=True)
     for promise in (ended, unused, away, Promise()):  # the last is garbage at once
         renewals.add(promise, 1.0)
@@ -71,7 +78,7 @@ def test_what_is_refused_is_no_reason_to_stop() -> None:
             raise Refused("no")
 
     clock = Hand()
-    renewals = Renewals(clock)
+    renewals = Turned(clock)
     stubborn = Stubborn()
     renewals.add(stubborn, 1.0)
     for now_s in (1.0, 2.0):
