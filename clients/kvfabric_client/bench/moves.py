@@ -163,7 +163,7 @@ class Moves:
         wire's rate; the limit is the same without the move."""
         rates = [self._read_rate(self._wires[0], self._moved) for _ in range(PROBES)]
         bytes_per_s = int(THROTTLE * statistics.median(rates) * GIGA)
-        read_s = READ_PART * max(self._moved_bytes / bytes_per_s - BURST_S, BURST_S / 2)
+        read_s = READ_PART * max(self._moved_bytes / bytes_per_s - 2 * BURST_S, BURST_S / 4)
         return Case(
             READERS,
             self._size_bytes,
@@ -177,6 +177,7 @@ class Moves:
         for _ in range(TRIES):
             move = self._begin_move(bytes_per_s)
             _wait(self._homes[1].reserved_bytes, "a throttled move does not begin")
+            time.sleep(BURST_S)  # what it catches up with at its begin is not its rate
             rate = self._read_both(read_s)
             ended = self._state(move).state in _ENDED  # the machine was busy with something else
             self._manager.CancelMove(control_pb2.CancelMoveRequest(move=move), timeout=TIMEOUT_S)
