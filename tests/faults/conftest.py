@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from blake3 import blake3
+from tests.redis_server import RedisServer
 
 from kvfabric import failpoints
 from kvfabric.checksums import checksums
@@ -326,6 +327,15 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir(mode=0o700)
     return path
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """One that a test may kill."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

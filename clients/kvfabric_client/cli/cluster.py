@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from kvfabric_client.cli.common import RuntimeDir, chosen_runtime_dir, console, size
+from kvfabric_client.cli.common import RuntimeDir, chosen_runtime_dir, console
+from kvfabric_client.texts import size
 
 if TYPE_CHECKING:
     from pathlib import Path

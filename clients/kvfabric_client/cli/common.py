@@ -1,4 +1,4 @@
-"""What the commands share: the options that several have, sizes in words, tables."""
+"""What the commands share: the options that several have, tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from kvfabric_client.texts import duration as duration
-from kvfabric_client.texts import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,13 +13,12 @@ from kvfabric_client.cli.common import (
     Tenant,
     chosen_runtime_dir,
     console,
-    duration,
     hex_bytes,
     named_namespace,
     print_json,
-    size,
     table,
 )
+from kvfabric_client.texts import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,12 +9,11 @@ from kvfabric_client.cli.common import (
     RuntimeDir,
     chosen_runtime_dir,
     console,
-    duration,
     known_manager,
     print_json,
-    size,
     table,
 )
+from kvfabric_client.texts import duration, size
 
 if TYPE_CHECKING:
     from kvfabric.loans import Loan

@@ -14,16 +14,15 @@ from kvfabric_client.cli.common import (
     Tenant,
     chosen_runtime_dir,
     console,
-    duration,
     hex_bytes,
     known_manager,
     named_namespace,
     print_json,
     print_json_line,
-    size,
     size_bytes,
     table,
 )
+from kvfabric_client.texts import duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress

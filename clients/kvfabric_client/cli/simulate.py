@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvfabric_client.cli.common import console, duration, print_json, size, table
+from kvfabric_client.cli.common import console, print_json, table
+from kvfabric_client.texts import duration, size
 
 if TYPE_CHECKING:
     from kvfabric.simulation.search import Found

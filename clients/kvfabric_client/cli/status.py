@@ -11,9 +11,9 @@ from kvfabric_client.cli.common import (
     chosen_runtime_dir,
     console,
     print_json,
-    size,
     table,
 )
+from kvfabric_client.texts import size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,9 +5,6 @@ A dozen of these run with every `make test`, all of them with `make test-faults`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from tests.faults.loans.conftest import BLOCK_TOKENS, GROWN, Growth, Lenders
 from tests.redis_server import RedisServer
@@ -30,14 +27,6 @@ DEBTOR = (
     "borrow.seen",
     pytest.param("borrow.dropped", marks=exhaustive),
 )
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize("point", CREDITOR)

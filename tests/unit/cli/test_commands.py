@@ -19,7 +19,8 @@ from kvfabric.cluster import record
 from kvfabric.errors import Refused
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 from kvfabric.rpc.v1 import control_pb2, types_pb2
-from kvfabric_client.cli import checks, common, status
+from kvfabric_client import texts
+from kvfabric_client.cli import checks, status
 from kvfabric_client.cli.checks import CHECKS, here, software
 from kvfabric_client.cli.checks.finding import Check, Finding, Level
 from kvfabric_client.cli.main import app
@@ -175,7 +176,7 @@ def test_a_full_table_is_readable_in_80_columns(capsys: pytest.CaptureFixture[st
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 40, "1.0 TiB")],
 )
 def test_sizes_in_words(size_bytes: int, text: str) -> None:
-    assert common.size(size_bytes) == text
+    assert texts.size(size_bytes) == text
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_sizes_in_words(size_bytes: int, text: str) -> None:
     ],
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
-    assert common.duration(seconds) == text
+    assert texts.duration(seconds) == text
 
 
 # Doctor -------------------------------------------------------------------------------

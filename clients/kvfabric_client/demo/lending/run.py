@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -44,25 +45,24 @@ def run(times_home: int, home_bytes: int, logs: Path, steps: Steps) -> Result:
     sequence_bytes = times_home * home_bytes
     lender_bytes = int(sequence_bytes * LENDER_SHARE) // BLOCK_BYTES * BLOCK_BYTES
     result = Result(home_bytes=home_bytes)
-    with steps.step("a gManager and four memory nodes, each a process"):
-        starting = cluster(home_bytes, lender_bytes, BLOCK_BYTES, logs)
-        fabric = starting.__enter__()
-    try:
-        with (
-            connect(fabric.home, timeout_s=APPEND_S) as client,
-            Watch(Manager(fabric.manager), steps.note),
-        ):
-            _Story(fabric, client, steps, result).tell(sequence_bytes)
-    finally:
-        starting.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        with steps.step("a gManager and four memory nodes, each a process"):
+            starting = cluster(home_bytes, lender_bytes, BLOCK_BYTES, logs)
+            fabric = stack.enter_context(starting)
+        manager = stack.enter_context(contextlib.closing(Manager(fabric.manager)))
+        client = stack.enter_context(connect(fabric.home, timeout_s=APPEND_S))
+        stack.enter_context(Watch(manager, steps.note))
+        _Story(fabric, client, manager, steps, result).tell(sequence_bytes)
     return result
 
 
 class _Story:
-    def __init__(self, fabric: Cluster, client: Client, steps: Steps, result: Result) -> None:
+    def __init__(
+        self, fabric: Cluster, client: Client, manager: Manager, steps: Steps, result: Result
+    ) -> None:
         self._fabric = fabric
         self._client = client
-        self._manager = Manager(fabric.manager)
+        self._manager = manager
         self._steps = steps
         self._result = result
         self._context = Context(seed=1)
