@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from kvfabric.metrics import NODE_METRICS, Histogram, Metrics
 from kvfabric.rpc.v1 import types_pb2
-from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.store.arena import Arena
+from kvfabric_nodes.store.core import NodeCore
 
 TIER = "dram"
 TRANSPORTS = ("shm", "unix", "tcp", "grpc")

@@ -12,21 +12,21 @@ from typing import Any
 
 from kvfabric import failpoints
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_nodes.commands import Commands
-from kvfabric_nodes.confirming import Confirming
-from kvfabric_nodes.handler import Handler
-from kvfabric_nodes.heartbeat import Heartbeat
-from kvfabric_nodes.homing import Homing
-from kvfabric_nodes.lending import Lending
-from kvfabric_nodes.lending_calls import LendingCalls
-from kvfabric_nodes.peers import Peers
-from kvfabric_nodes.puller import Puller
-from kvfabric_nodes.pulls import PullLimits
-from kvfabric_nodes.seeking import Victims
+from kvfabric_nodes.copying.homing import Homing
+from kvfabric_nodes.copying.peers import Peers
+from kvfabric_nodes.copying.puller import Puller
+from kvfabric_nodes.copying.pulls import PullLimits
+from kvfabric_nodes.copying.transfer import OnCore
+from kvfabric_nodes.lending.calls import LendingCalls
+from kvfabric_nodes.lending.core import Lending
+from kvfabric_nodes.lending.seeking import Victims
+from kvfabric_nodes.lending.terms import Identity, Terms
+from kvfabric_nodes.orders.commands import Commands
+from kvfabric_nodes.orders.confirming import Confirming
+from kvfabric_nodes.reporting.heartbeat import Heartbeat
+from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.settings import NodeSettings
-from kvfabric_nodes.shards import Shard
-from kvfabric_nodes.terms import Identity, Terms
-from kvfabric_nodes.transfer import OnCore
+from kvfabric_nodes.store.shards import Shard
 
 
 class Neighbours:

@@ -27,21 +27,21 @@ from kvfabric.metrics import MetricsServer
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
-from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.group_calls import GroupCalls
-from kvfabric_nodes.groups import Groups
-from kvfabric_nodes.grpc_service import MAX_MESSAGE_BYTES, NodeService
-from kvfabric_nodes.handler import Handler, Identity
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
 from kvfabric_nodes.neighbours import Neighbours
-from kvfabric_nodes.sequence_calls import SequenceCalls
-from kvfabric_nodes.sequences import Sequences
-from kvfabric_nodes.server import WireServer
+from kvfabric_nodes.sequences.calls import SequenceCalls
+from kvfabric_nodes.sequences.core import Sequences
+from kvfabric_nodes.sequences.group_calls import GroupCalls
+from kvfabric_nodes.sequences.groups import Groups
+from kvfabric_nodes.sequences.states import States
+from kvfabric_nodes.sequences.steps import Steps
+from kvfabric_nodes.serving.grpc_service import MAX_MESSAGE_BYTES, NodeService
+from kvfabric_nodes.serving.handler import Handler, Identity
+from kvfabric_nodes.serving.server import WireServer
 from kvfabric_nodes.settings import NodeSettings
-from kvfabric_nodes.states import States
-from kvfabric_nodes.steps import Steps
+from kvfabric_nodes.store.arena import Arena
+from kvfabric_nodes.store.core import NodeCore
 
 log = structlog.get_logger(__name__)
 

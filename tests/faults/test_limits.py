@@ -28,8 +28,8 @@ from kvfabric.errors import FabricError, Retry, Unreachable
 from kvfabric.rpc.v1 import node_pb2, wire_pb2
 from kvfabric.types import Status
 from kvfabric.wire import frames, sockets
-from kvfabric_nodes import server
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.serving import server
 from kvfabric_nodes.settings import NodeSettings
 
 pytestmark = pytest.mark.faults

@@ -16,7 +16,7 @@ from kvfabric_client.cli.common import (
 from kvfabric_client.texts import duration, size
 
 if TYPE_CHECKING:
-    from kvfabric.loans import Loan
+    from kvfabric.lending.loans import Loan
     from kvfabric.rpc.v1 import control_pb2
 
 CALL_DEADLINE_S = 5.0
@@ -68,7 +68,7 @@ def plans(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
 
 def merged(answer: control_pb2.LedgerResponse) -> list[dict[str, Any]]:
     """One entry for each loan, in a settled order, with the word of either side or None."""
-    from kvfabric.loans import from_columns
+    from kvfabric.lending.loans import from_columns
 
     found: dict[tuple[str, int, int, str], dict[str, Any]] = {}
     for side, columns in (("creditor", answer.lent), ("debtor", answer.borrowed)):

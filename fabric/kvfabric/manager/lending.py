@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from kvfabric import placement
 from kvfabric.errors import Conflict, Refused
+from kvfabric.lending import placement
+from kvfabric.lending.placement import Candidate
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member, NodeState
-from kvfabric.placement import Candidate
-from kvfabric.targets import site
+from kvfabric.moves.targets import site
 from kvfabric.types import NodeId
 
 MAX_CREDITORS = 16  # named in one answer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvfabric import planner
 from kvfabric.errors import Refused
-from kvfabric.loans import LoanState, to_columns
+from kvfabric.lending import planner
+from kvfabric.lending.loans import LoanState, to_columns
 from kvfabric.manager import messages
 from kvfabric.manager.calls import Calls, log, translated
 from kvfabric.rpc.v1 import control_pb2

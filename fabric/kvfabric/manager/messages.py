@@ -8,7 +8,7 @@ from typing import cast
 
 from kvfabric.directory import Inventory, Place
 from kvfabric.errors import Refused, Unsupported
-from kvfabric.loans import LoanState
+from kvfabric.lending.loans import LoanState
 from kvfabric.manager.events import Answer, Delta, Explanation, Heartbeat, Register
 from kvfabric.manager.parts import Cluster
 from kvfabric.manager.planning import Planned

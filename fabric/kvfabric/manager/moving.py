@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvfabric.draining import Draining
-from kvfabric.filling import Filling
-from kvfabric.heat import Heat
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member, NodeState
-from kvfabric.migrating import Migrating
-from kvfabric.mover import Mover
-from kvfabric.pinning import Pinning
-from kvfabric.policies import Rules
-from kvfabric.replicas import Replicas
+from kvfabric.moves.draining import Draining
+from kvfabric.moves.filling import Filling
+from kvfabric.moves.heat import Heat
+from kvfabric.moves.migrating import Migrating
+from kvfabric.moves.mover import Mover
+from kvfabric.moves.pinning import Pinning
+from kvfabric.moves.policies import Rules
+from kvfabric.moves.replicas import Replicas
 from kvfabric.types import Key, NamespaceId, NodeId
 
 # How many silences after its start a manager has surely heard every node that lives.

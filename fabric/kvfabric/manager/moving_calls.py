@@ -10,14 +10,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from kvfabric import policies
 from kvfabric.errors import Refused, Retry
 from kvfabric.manager import messages
 from kvfabric.manager.calls import Calls, log, translated
 from kvfabric.manager.rules_store import RulesStore
-from kvfabric.migrating import Wish
-from kvfabric.migration import Kind
-from kvfabric.policies import Policy
+from kvfabric.moves import policies
+from kvfabric.moves.migrating import Wish
+from kvfabric.moves.migration import Kind
+from kvfabric.moves.policies import Policy
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, NodeId, Status
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvfabric.directory import Place, Replica
+from kvfabric.lending.placement import LinkClass, Site, link_class
 from kvfabric.manager import sites
 from kvfabric.manager.parts import Cluster
-from kvfabric.placement import LinkClass, Site, link_class
-from kvfabric.targets import site
+from kvfabric.moves.targets import site
 from kvfabric.types import NodeId
 
 

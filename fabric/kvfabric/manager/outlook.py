@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfabric.demand import Floats
+from kvfabric.lending.demand import Floats
+from kvfabric.lending.stepmodel import StepFit
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric.stepmodel import StepFit
 
 STALE_S = 10.0  # an engine that reported no step for so long is taken to be idle
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvfabric.directory import Directory
-from kvfabric.ledger import Ledger
+from kvfabric.lending.ledger import Ledger
+from kvfabric.lending.placement import Candidate, Site
 from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.journal import Journal, JournalEvent
 from kvfabric.manager.links import Links
 from kvfabric.manager.orders import Orders
 from kvfabric.membership import Member, Membership, NodeState
-from kvfabric.placement import Candidate, Site
+from kvfabric.moves.targets import site
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric.targets import site
 from kvfabric.types import NamespaceId, NodeId
 
 

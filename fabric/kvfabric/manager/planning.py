@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvfabric import planner
-from kvfabric.demand import Decision, Rules
 from kvfabric.errors import Broken
+from kvfabric.lending import planner
+from kvfabric.lending.demand import Decision, Rules
 from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.outlook import Outlook, Told

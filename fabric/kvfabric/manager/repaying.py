@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvfabric import placement
-from kvfabric.ledger import Debt
-from kvfabric.loans import Loan
+from kvfabric.lending import placement
+from kvfabric.lending.ledger import Debt
+from kvfabric.lending.loans import Loan
 from kvfabric.manager import sites
 from kvfabric.manager.events import Heartbeat
 from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member
+from kvfabric.moves.targets import site
 from kvfabric.rpc.v1.control_pb2 import Command
-from kvfabric.targets import site
 from kvfabric.types import NodeId
 
 LOOK_S = 2.0  # between two looks at the books

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvfabric import policies
-from kvfabric.policies import Drain, Policy, Rules
+from kvfabric.moves import policies
+from kvfabric.moves.policies import Drain, Policy, Rules
 from kvfabric.stores import MetadataStore
 from kvfabric.types import Key, NamespaceId, NodeId
 

@@ -7,10 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
-from kvfabric.demand import UNKNOWN, Contexts, Floats, Instances, Ints
+from kvfabric.lending.demand import UNKNOWN, Contexts, Floats, Instances, Ints
+from kvfabric.lending.placement import Candidate
+from kvfabric.lending.stepmodel import StepModel
 from kvfabric.manager.outlook import Told
-from kvfabric.placement import Candidate
-from kvfabric.stepmodel import StepModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvfabric import planner
 from kvfabric.errors import FabricError, Retry
+from kvfabric.lending import planner
 from kvfabric.manager import messages
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import FencedStore, next_epoch, outrank
 from kvfabric.manager.rules_store import RulesStore
-from kvfabric.migrating import Wish
-from kvfabric.policies import Drain
+from kvfabric.moves.migrating import Wish
+from kvfabric.moves.policies import Drain
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.simulation.disk import SimulatedStore
 from kvfabric.types import DIGEST_BYTES, PROTOCOL_VERSION, NodeId

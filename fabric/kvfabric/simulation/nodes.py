@@ -18,7 +18,7 @@ from kvfabric.simulation.network import Network
 from kvfabric.simulation.serving import Memory
 from kvfabric.types import Key, NamespaceId
 
-NODE_FACTORY = "kvfabric_nodes.simulated:SimulatedNode"
+NODE_FACTORY = "kvfabric_nodes.simulated.node:SimulatedNode"
 MANAGER = "manager"  # its name in the network
 
 

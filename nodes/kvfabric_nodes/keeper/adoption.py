@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from kvfabric import checksums
 from kvfabric.errors import Refused
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extent, Extents, Pool, slot_bytes
 from kvfabric_nodes.keeper.records import Guest, Record, Shape, State
-from kvfabric_nodes.promises import Session
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extent, Extents, Pool, slot_bytes
+from kvfabric_nodes.store.promises import Session
+from kvfabric_nodes.store.shards import Shard
 
 ADOPTED = "adopted"
 WHY = "after a restart of the node; its bytes were verified"

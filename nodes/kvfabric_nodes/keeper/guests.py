@@ -12,7 +12,7 @@ from typing import Protocol
 
 from kvfabric.cluster.processes import of
 from kvfabric_nodes.keeper.records import Guest, encode_guest, guest_key
-from kvfabric_nodes.promises import Session
+from kvfabric_nodes.store.promises import Session
 
 
 class Table(Protocol):

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import structlog
 
 from kvfabric.clock import Clock
-from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.handler import Handler
 from kvfabric_nodes.keeper import records, restoring
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.guests import Guests, guests_of
 from kvfabric_nodes.keeper.outbox import Outbox
 from kvfabric_nodes.keeper.restoring import Restored
 from kvfabric_nodes.metrics import KeeperTally
+from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.settings import NodeSettings
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.arena import Arena
+from kvfabric_nodes.store.shards import Shard
 
 log = structlog.get_logger(__name__)
 

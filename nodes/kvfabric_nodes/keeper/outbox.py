@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from kvfabric_nodes.keeper import process, records
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.process import Op
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.shards import Shard
 
 PIECE_BYTES = 16 << 10  # encoded at a time: half a millisecond of the loop
 

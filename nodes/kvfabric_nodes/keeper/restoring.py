@@ -17,15 +17,15 @@ import structlog
 from kvfabric import checksums
 from kvfabric.clock import Clock
 from kvfabric.errors import FabricError, Unreachable
-from kvfabric_nodes.arena import Memory, is_sealed
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.keeper import adoption, records
 from kvfabric_nodes.keeper.client import Held, KeeperLink, take_over
 from kvfabric_nodes.keeper.records import Guest, Record, Shape
 from kvfabric_nodes.metrics import KeeperTally
-from kvfabric_nodes.promises import Session
 from kvfabric_nodes.settings import NodeSettings
+from kvfabric_nodes.store.arena import Memory, is_sealed
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.promises import Session
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,7 @@ from kvfabric.errors import Conflict
 from kvfabric.keys import namespace_id
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Status
-from kvfabric_nodes.extents import slot_bytes
+from kvfabric_nodes.store.extents import slot_bytes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 

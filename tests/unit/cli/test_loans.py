@@ -11,7 +11,7 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from kvfabric.loans import Loan, LoanState, to_columns
+from kvfabric.lending.loans import Loan, LoanState, to_columns
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
 from kvfabric_client.cli import loans

@@ -12,8 +12,8 @@ from kvfabric.errors import Refused
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_client import Room
 from kvfabric_client.group import MAX_KEYS
-from kvfabric_nodes import group_calls
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.sequences import group_calls
 
 from .conftest import core_of, key, payload
 from .test_deadlines import eventually

@@ -15,8 +15,8 @@ from kvfabric.errors import Conflict, Refused
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Status
 from kvfabric.wire.connection import Connection
-from kvfabric_nodes import sequence_room
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.sequences import room as sequence_room
 
 from .conftest import Start, address, key, payload
 from .test_grpc import Guest

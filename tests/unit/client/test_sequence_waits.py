@@ -19,8 +19,8 @@ from kvfabric import checksums
 from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, Namespace, NamespaceId, Status
-from kvfabric_nodes import server
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.serving import server
 
 from .conftest import Start, address, core_of, key, payload
 from .test_grpc import Guest

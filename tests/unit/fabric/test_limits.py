@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvfabric.wire import frames
-from kvfabric_nodes import (
-    group_calls,
-    grpc_service,
-    handler,
-    sequence_calls,
-    sequence_cuts,
-    server,
-    steps,
-)
-from kvfabric_nodes.groups import GroupLimits
-from kvfabric_nodes.sequences import SequenceLimits
-from kvfabric_nodes.states import StateLimits
+from kvfabric_nodes.sequences import calls as sequence_calls
+from kvfabric_nodes.sequences import cuts as sequence_cuts
+from kvfabric_nodes.sequences import group_calls, steps
+from kvfabric_nodes.sequences.core import SequenceLimits
+from kvfabric_nodes.sequences.groups import GroupLimits
+from kvfabric_nodes.sequences.states import StateLimits
+from kvfabric_nodes.serving import grpc_service, handler, server
 
 SPECIFICATION = Path(__file__).parents[3] / "proto" / "README.md"
 MIB = 1 << 20

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfabric.errors import Broken, Refused
-from kvfabric.loans import (
+from kvfabric.lending.loans import (
     COUNTED,
     ENDED,
     TRANSITIONS,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from kvfabric.directory import Inventory
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.events import Answer, Delta, Heartbeat, Register
-from kvfabric.migration import Move, MoveState
-from kvfabric.policies import Drain, Policy
+from kvfabric.moves.migration import Move, MoveState
+from kvfabric.moves.policies import Drain, Policy
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, NodeId, Tier
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvfabric.directory import Inventory
-from kvfabric.loans import Loan, LoanState, to_columns
+from kvfabric.lending.loans import Loan, LoanState, to_columns
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.events import Answer, Heartbeat, Register
 from kvfabric.rpc.v1 import control_pb2, types_pb2

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfabric.errors import Broken, Refused
-from kvfabric.ledger import Debt, Difference, Entry, Ledger, cycles
-from kvfabric.loans import Loan, LoanState, to_columns
+from kvfabric.lending.ledger import Debt, Difference, Entry, Ledger, cycles
+from kvfabric.lending.loans import Loan, LoanState, to_columns
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import NodeId
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from kvfabric.loans import Loan, LoanState, to_columns
+from kvfabric.lending.loans import Loan, LoanState, to_columns
 from kvfabric.manager.messages import MAX_HEAT, MAX_LINKS, MAX_LOANS, MAX_SEQUENCES
 from kvfabric.manager.service import ManagerServer, ManagerSettings
 from kvfabric.rpc.v1 import control_pb2 as pb

@@ -15,10 +15,10 @@ from tests.unit.manager.small_fabric import (
 )
 
 from kvfabric.errors import Broken, Refused, Retry
-from kvfabric.loads import PER_DESTINATION, PER_LINK
-from kvfabric.migrating import Wish
-from kvfabric.migration import TRANSITIONS, Move, MoveState, check_step
-from kvfabric.mover import MAX_MOVES
+from kvfabric.moves.loads import PER_DESTINATION, PER_LINK
+from kvfabric.moves.migrating import Wish
+from kvfabric.moves.migration import TRANSITIONS, Move, MoveState, check_step
+from kvfabric.moves.mover import MAX_MOVES
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Key, NamespaceId, NodeId
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfabric.placement import (
+from kvfabric.lending.placement import (
     Candidate,
     LinkClass,
     Site,

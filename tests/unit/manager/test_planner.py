@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfabric.placement import LinkClass, Site, link_class
-from kvfabric.planner import UNKNOWN, Contexts, Decision, Instances, Rules, _classes, plan
-from kvfabric.stepmodel import DEFAULT, StepModel
+from kvfabric.lending.placement import LinkClass, Site, link_class
+from kvfabric.lending.planner import UNKNOWN, Contexts, Decision, Instances, Rules, _classes, plan
+from kvfabric.lending.stepmodel import DEFAULT, StepModel
 from kvfabric.types import NodeId
 
 GIB = 1024**3

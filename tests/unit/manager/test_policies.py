@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.manager.small_fabric import OTHER, ROOM, SmallFabric, key, keys
 
-from kvfabric import policies
 from kvfabric.clock import SystemClock
 from kvfabric.directory import Inventory
 from kvfabric.errors import Broken, Refused, Retry
@@ -21,7 +20,8 @@ from kvfabric.manager.events import Delta, Heartbeat, Register
 from kvfabric.manager.service import ControlService
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.metrics import MANAGER_METRICS, Metrics
-from kvfabric.policies import Drain, Policy, Rules
+from kvfabric.moves import policies
+from kvfabric.moves.policies import Drain, Policy, Rules
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.stores import MemoryStore
 from kvfabric.types import Key, NamespaceId, NodeId, Tier

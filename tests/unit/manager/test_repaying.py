@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from tests.unit.manager.talking_nodes import GIB, MIB, Talker, held
 
-from kvfabric.loans import Loan
+from kvfabric.lending.loans import Loan
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.repaying import AGAIN_S, CIRCLE_RECALL_S, REPAY_BYTES
 from kvfabric.rpc.v1.control_pb2 import Command

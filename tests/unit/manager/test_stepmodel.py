@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfabric.lending.stepmodel import DEFAULT, MIN_STEPS, StepFit, StepModel
 from kvfabric.rpc.v1.control_pb2 import StepSums
-from kvfabric.stepmodel import DEFAULT, MIN_STEPS, StepFit, StepModel
 
 Step = tuple[float, float, float]  # batch, tokens, seconds
 

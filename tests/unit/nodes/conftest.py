@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
-from kvfabric_nodes.promises import Grant, Limits, Reservation, Session
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.promises import Grant, Limits, Reservation, Session
 
 SEGMENT_BYTES = 4096
 SEGMENTS = 4

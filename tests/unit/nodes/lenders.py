@@ -11,12 +11,12 @@ from random import Random
 from typing import Any
 
 from kvfabric.errors import FabricError
-from kvfabric.loans import Loan, LoanState, from_columns
+from kvfabric.lending.loans import Loan, LoanState, from_columns
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents, Pool
-from kvfabric_nodes.instructions import (
+from kvfabric_nodes.copying.pulls import Outcome, Pulled, PullOrder
+from kvfabric_nodes.lending.core import Lending
+from kvfabric_nodes.lending.instructions import (
     AskCreditors,
     AskPlaces,
     AskReplicas,
@@ -24,12 +24,12 @@ from kvfabric_nodes.instructions import (
     CancelFetch,
     Fetch,
 )
-from kvfabric_nodes.lending import Lending
-from kvfabric_nodes.promises import Limits
-from kvfabric_nodes.pulls import Outcome, Pulled, PullOrder
-from kvfabric_nodes.room import Room
-from kvfabric_nodes.shards import Shard
-from kvfabric_nodes.terms import Identity, Terms
+from kvfabric_nodes.lending.room import Room
+from kvfabric_nodes.lending.terms import Identity, Terms
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents, Pool
+from kvfabric_nodes.store.promises import Limits
+from kvfabric_nodes.store.shards import Shard
 
 from .conftest import SEGMENT_BYTES, SEGMENTS, SHARD_BYTES, Desk
 

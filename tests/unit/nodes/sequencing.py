@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvfabric.types import Key, Status
-from kvfabric_nodes.sequence import Block, OpenSequence, Shape
-from kvfabric_nodes.sequences import Sequences
+from kvfabric_nodes.sequences.core import Sequences
+from kvfabric_nodes.sequences.sequence import Block, OpenSequence, Shape
 
 from .conftest import SHARD_BYTES, Desk
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.unit.nodes.conftest import Desk, key, namespace
 
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.keeper import adoption, records
 from kvfabric_nodes.keeper.records import Guest, Record, Shape, State
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
 
 SHAPE = Shape(segments=6, segment_bytes=4096)
 SHARD_BYTES = 1024

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvfabric_nodes.arena import PREFAULT_STEP_BYTES, Arena, Memory
+from kvfabric_nodes.store.arena import PREFAULT_STEP_BYTES, Arena, Memory
 
 SEGMENT_BYTES = 64 << 10
 

@@ -9,11 +9,11 @@ import pytest
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.borrowing import RECLAIM_S
-from kvfabric_nodes.claiming import ASKED, WANTED_KEYS
-from kvfabric_nodes.instructions import AskReplicas
-from kvfabric_nodes.room import RoomState
-from kvfabric_nodes.seeking import LOAN_KEYS
+from kvfabric_nodes.lending.borrowing import RECLAIM_S
+from kvfabric_nodes.lending.claiming import ASKED, WANTED_KEYS
+from kvfabric_nodes.lending.instructions import AskReplicas
+from kvfabric_nodes.lending.room import RoomState
+from kvfabric_nodes.lending.seeking import LOAN_KEYS
 
 from .conftest import SHARD_BYTES, key
 from .lenders import SLOTS, Node, Town, Weather

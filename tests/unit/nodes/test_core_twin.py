@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 )
 
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extent, Extents
-from kvfabric_nodes.promises import Limits, Reservation, Session
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extent, Extents
+from kvfabric_nodes.store.promises import Limits, Reservation, Session
+from kvfabric_nodes.store.shards import Shard
 
 SEGMENTS = 3
 SEGMENT_BYTES = 4096

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.core import EXPIRED_AT_ONCE, NodeCore
-from kvfabric_nodes.deadlines import SWEEP_ENTRIES
-from kvfabric_nodes.extents import Extents
-from kvfabric_nodes.promises import Limits
-from kvfabric_nodes.shards import SWEEP_ENTRIES as GONE_ENTRIES
+from kvfabric_nodes.store.core import EXPIRED_AT_ONCE, NodeCore
+from kvfabric_nodes.store.deadlines import SWEEP_ENTRIES
+from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.promises import Limits
+from kvfabric_nodes.store.shards import SWEEP_ENTRIES as GONE_ENTRIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.drops import DROP_S, FRESH_S, MAX_ASKED, MAX_QUESTIONS, Drops, Question
-from kvfabric_nodes.extents import Extents
-from kvfabric_nodes.promises import Limits
+from kvfabric_nodes.orders.drops import DROP_S, FRESH_S, MAX_ASKED, MAX_QUESTIONS, Drops, Question
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.promises import Limits
 
 from .conftest import SEGMENT_BYTES, SHARD_BYTES, Desk, key
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvfabric.types import Key, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.eviction import LOOK_AGAIN_S
-from kvfabric_nodes.extents import Extents, Pool
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.eviction import LOOK_AGAIN_S
+from kvfabric_nodes.store.extents import Extents, Pool
+from kvfabric_nodes.store.shards import Shard
 
 from . import conftest
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from kvfabric_nodes.extents import Extent, Extents, slot_bytes
+from kvfabric_nodes.store.extents import Extent, Extents, slot_bytes
 
 SEGMENT_BYTES = 64 << 10
 

@@ -8,8 +8,8 @@ import pytest
 
 from kvfabric.errors import Denied, Refused, Retry
 from kvfabric.types import Key
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.groups import GroupLimits, Groups, shared
+from kvfabric_nodes.sequences.groups import GroupLimits, Groups, shared
+from kvfabric_nodes.store.core import NodeCore
 
 from .conftest import SEGMENT_BYTES, SEGMENTS, SHARD_BYTES, Desk
 

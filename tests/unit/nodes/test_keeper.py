@@ -21,9 +21,6 @@ from tests.unit.nodes.conftest import Desk, key
 from kvfabric.errors import Conflict, Refused
 from kvfabric.types import Key, Namespace, Status
 from kvfabric_client import connect
-from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.keeper import client, process, records
 from kvfabric_nodes.keeper.client import Held, KeeperLink, take_over
 from kvfabric_nodes.keeper.guests import Guests, gone, guests_of
@@ -31,9 +28,12 @@ from kvfabric_nodes.keeper.outbox import Outbox
 from kvfabric_nodes.keeper.process import Inbox, Op
 from kvfabric_nodes.keeper.records import Guest
 from kvfabric_nodes.node import Node
-from kvfabric_nodes.promises import Session
 from kvfabric_nodes.settings import NodeSettings
-from kvfabric_nodes.shards import Shard
+from kvfabric_nodes.store.arena import Arena
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.promises import Session
+from kvfabric_nodes.store.shards import Shard
 
 KEEP_S = 30.0
 DEADLINE_S = 20.0

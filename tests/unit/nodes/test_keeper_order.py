@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.nodes.conftest import Desk, key
 
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
 from kvfabric_nodes.keeper import process, records
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.outbox import Outbox
 from kvfabric_nodes.keeper.process import Inbox, Op
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
 
 SEGMENTS, SEGMENT_BYTES = 4, 4096
 

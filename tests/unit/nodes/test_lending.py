@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvfabric.loans import LoanState
+from kvfabric.lending.loans import LoanState
 from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.borrowing import RECLAIM_S
-from kvfabric_nodes.instructions import AskCreditors
-from kvfabric_nodes.room import RoomState
+from kvfabric_nodes.lending.borrowing import RECLAIM_S
+from kvfabric_nodes.lending.instructions import AskCreditors
+from kvfabric_nodes.lending.room import RoomState
 
 from .conftest import SHARD_BYTES, key
 from .lenders import SLOTS, Node, Town

@@ -10,8 +10,8 @@ import pytest
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.post import CALL_S
-from kvfabric_nodes.room import RoomState
+from kvfabric_nodes.lending.post import CALL_S
+from kvfabric_nodes.lending.room import RoomState
 
 from .conftest import SHARD_BYTES, key
 from .lenders import SLOTS, Node, Town, Weather

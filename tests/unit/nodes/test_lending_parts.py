@@ -9,12 +9,12 @@ import pytest
 from kvfabric.errors import Broken
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import NamespaceId
-from kvfabric_nodes import debts, room
-from kvfabric_nodes.debts import Batch, Debt, Stage
-from kvfabric_nodes.instructions import AskCreditors
-from kvfabric_nodes.post import CALL_S, Post
-from kvfabric_nodes.room import ROOMS, Room, Rooms, RoomState
-from kvfabric_nodes.rounds import ROUND_S, Offer, Round
+from kvfabric_nodes.lending import debts, room
+from kvfabric_nodes.lending.debts import Batch, Debt, Stage
+from kvfabric_nodes.lending.instructions import AskCreditors
+from kvfabric_nodes.lending.post import CALL_S, Post
+from kvfabric_nodes.lending.room import ROOMS, Room, Rooms, RoomState
+from kvfabric_nodes.lending.rounds import ROUND_S, Offer, Round
 
 from .conftest import key
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.store.core import NodeCore
 
 from .conftest import SHARD_BYTES, key
 from .lenders import SLOTS, Town, Weather

@@ -8,8 +8,8 @@ import pytest
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.promises import Limits
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.promises import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

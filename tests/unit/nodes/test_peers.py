@@ -20,11 +20,11 @@ from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import Key, Namespace, Status
 from kvfabric.wire.connection import Connection
 from kvfabric_client import Room
-from kvfabric_nodes import peers as peers_module
-from kvfabric_nodes.core import NodeCore
+from kvfabric_nodes.copying import peers as peers_module
+from kvfabric_nodes.copying.pulls import MIN_BYTES_PER_S, Outcome, Pulled, PullLimits, PullOrder
 from kvfabric_nodes.node import Node
-from kvfabric_nodes.pulls import MIN_BYTES_PER_S, Outcome, Pulled, PullLimits, PullOrder
 from kvfabric_nodes.settings import NodeSettings
+from kvfabric_nodes.store.core import NodeCore
 
 from .conftest import key
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvfabric.errors import Retry
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.pulls import (
+from kvfabric_nodes.copying.pulls import (
     BATCH_BYTES,
     BATCH_KEYS,
     BATCH_S,

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric_nodes.arena import Arena
-from kvfabric_nodes.core import NodeCore
 from kvfabric_nodes.metrics import NodeMetrics
-from kvfabric_nodes.reports import HEAT_SHARDS, REPORT_SHARDS, Reports
+from kvfabric_nodes.reporting.reports import HEAT_SHARDS, REPORT_SHARDS, Reports
+from kvfabric_nodes.store.arena import Arena
+from kvfabric_nodes.store.core import NodeCore
 
 from .conftest import SEGMENT_BYTES, Desk, key
 
@@ -53,7 +53,7 @@ def test_large_reports_are_cut(
     reports: Reports, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert REPORT_SHARDS > 2
-    monkeypatch.setattr("kvfabric_nodes.reports.REPORT_SHARDS", 2)
+    monkeypatch.setattr("kvfabric_nodes.reporting.reports.REPORT_SHARDS", 2)
     desk.put([key(number) for number in range(5)])
     messages = list(reports.messages(full=True, regular=True))
     assert [message.more for message in messages] == [True, True, False]

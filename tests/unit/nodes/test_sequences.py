@@ -8,10 +8,10 @@ import pytest
 
 from kvfabric.errors import Conflict, Denied, Refused, Retry
 from kvfabric.types import Key, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.idle import SWEEP_ENTRIES
-from kvfabric_nodes.sequence import Block, Shape
-from kvfabric_nodes.sequences import SequenceLimits, Sequences
+from kvfabric_nodes.sequences.core import SequenceLimits, Sequences
+from kvfabric_nodes.sequences.idle import SWEEP_ENTRIES
+from kvfabric_nodes.sequences.sequence import Block, Shape
+from kvfabric_nodes.store.core import NodeCore
 
 from .conftest import SEGMENT_BYTES, SEGMENTS, SHARD_BYTES, Desk
 from .sequencing import IDLE_S, LAYERS, SHAPE, TOKENS, begin, put, seal, write

@@ -21,11 +21,11 @@ from hypothesis.stateful import (
 )
 
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extent, Extents
-from kvfabric_nodes.promises import Limits, Session
-from kvfabric_nodes.sequence import Block, OpenSequence, Shape
-from kvfabric_nodes.sequences import SequenceLimits, Sequences
+from kvfabric_nodes.sequences.core import SequenceLimits, Sequences
+from kvfabric_nodes.sequences.sequence import Block, OpenSequence, Shape
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extent, Extents
+from kvfabric_nodes.store.promises import Limits, Session
 
 BLOCK_BYTES = 1024
 SEGMENTS, SEGMENT_BYTES = 3, 4096

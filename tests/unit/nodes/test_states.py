@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kvfabric.errors import Denied, Refused, Retry
 from kvfabric.types import Key
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.extents import Extents
-from kvfabric_nodes.states import NO_HEAD, Head, StateLimits, States
+from kvfabric_nodes.sequences.states import NO_HEAD, Head, StateLimits, States
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.extents import Extents
 
 from .conftest import SEGMENT_BYTES, SEGMENTS, SHARD_BYTES, Desk, key, namespace
 

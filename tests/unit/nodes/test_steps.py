@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
-from kvfabric_nodes.steps import REPORTED_STEPS, Steps
+from kvfabric_nodes.sequences.steps import REPORTED_STEPS, Steps
 
 Report = node_pb2.ReportStepsRequest
 

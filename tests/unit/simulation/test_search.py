@@ -15,10 +15,11 @@ from kvfabric.simulation.faults import POINTS
 from kvfabric.simulation.nodes import factory
 from kvfabric.simulation.search import Found, search
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes import simulated_memory, simulated_pulls
-from kvfabric_nodes.core import NodeCore
-from kvfabric_nodes.shards import Shard
-from kvfabric_nodes.simulated import SimulatedNode
+from kvfabric_nodes.simulated import memory as simulated_memory
+from kvfabric_nodes.simulated import pulls as simulated_pulls
+from kvfabric_nodes.simulated.node import SimulatedNode
+from kvfabric_nodes.store.core import NodeCore
+from kvfabric_nodes.store.shards import Shard
 
 RUNS, PART = 200, 20
 # Runs that found something once.

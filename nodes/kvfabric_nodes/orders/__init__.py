@@ -1,0 +1,1 @@
+"""What the gManager commands, carried out."""

@@ -1,0 +1,1 @@
+"""The node's cores under a simulated clock, network and memory."""
