@@ -1659,6 +1659,481 @@ class ReadStateResponse(_message.Message):
 Global___ReadStateResponse: _TypeAlias = ReadStateResponse  # noqa: Y015
 
 @_typing.final
+class OpenSpanRequest(_message.Message):
+    """Of a sequence, or of shards; a span binds nothing: its blocks may move, and
+    are then told as gaps.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    VALUE_DIM_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    value_dim: _builtins.int
+    """of MLA latents: so many of a token's first numbers are its value"""
+    sequence: _builtins.int
+    """what of it lies here, its open blocks included, also what comes later"""
+    span: _builtins.int
+    """0: a new one; else these shards come to it"""
+    @_builtins.property
+    def format(self) -> _types_pb2.Format:
+        """of the blocks: layers and KV heads are those that a block has"""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """or these shards"""
+
+    @_builtins.property
+    def first_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each: the absolute position of its first token"""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each; none: all are full"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        format: _types_pb2.Format | None = ...,
+        value_dim: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        first_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        span: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_tokens", b"first_tokens", "format", b"format", "keys", b"keys", "namespace_id", b"namespace_id", "sequence", b"sequence", "span", b"span", "tokens", b"tokens", "value_dim", b"value_dim"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSpanRequest: _TypeAlias = OpenSpanRequest  # noqa: Y015
+
+@_typing.final
+class OpenSpanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPAN_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    span: _builtins.int
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Status.ValueType]:
+        """per key: OK here now, or MISS"""
+
+    def __init__(
+        self,
+        *,
+        span: _builtins.int = ...,
+        statuses: _abc.Iterable[_types_pb2.Status.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["span", b"span", "statuses", b"statuses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSpanResponse: _TypeAlias = OpenSpanResponse  # noqa: Y015
+
+@_typing.final
+class CloseSpanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPANS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        spans: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spans", b"spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSpanRequest: _TypeAlias = CloseSpanRequest  # noqa: Y015
+
+@_typing.final
+class CloseSpanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSpanResponse: _TypeAlias = CloseSpanResponse  # noqa: Y015
+
+@_typing.final
+class SpanQuery(_message.Message):
+    """One request's queries over one span."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPAN_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    VISIBLE_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    span: _builtins.int
+    rows: _builtins.int
+    visible: _builtins.int
+    """Only tokens before this position. What a sequence's open blocks do not show
+    yet in this layer is a gap.
+    """
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each row: it sees tokens up to its own position. None: all before
+        `visible`.
+        """
+
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these tokens: first and end of each range, ascending. None: all that
+        the span has.
+        """
+
+    def __init__(
+        self,
+        *,
+        span: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        visible: _builtins.int = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        ranges: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions", "ranges", b"ranges", "rows", b"rows", "span", b"span", "visible", b"visible"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpanQuery: _TypeAlias = SpanQuery  # noqa: Y015
+
+@_typing.final
+class Gap(_message.Message):
+    """Tokens that were asked for and are not here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    END_TOKEN_FIELD_NUMBER: _builtins.int
+    query: _builtins.int
+    """index of the SpanQuery"""
+    first_token: _builtins.int
+    end_token: _builtins.int
+    def __init__(
+        self,
+        *,
+        query: _builtins.int = ...,
+        first_token: _builtins.int = ...,
+        end_token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token", b"end_token", "first_token", b"first_token", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gap: _TypeAlias = Gap  # noqa: Y015
+
+@_typing.final
+class AttendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    QUERY_HEADS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    SOFTCAP_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    SINKS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """counted in the block, from 0"""
+    query_heads: _builtins.int
+    """a multiple of the KV heads"""
+    dtype: _builtins.str
+    """of `vectors`: the KV's, or float32; empty: the KV's"""
+    scale: _builtins.float
+    """before everything else"""
+    softcap: _builtins.float
+    """softcap * tanh(scale * q.k / softcap); 0: none"""
+    window: _builtins.int
+    """a row sees so many tokens back, its own counts; 0: all"""
+    sinks: _builtins.int
+    """with a window: the context's first tokens, seen all the same"""
+    deadline_ms: _builtins.int
+    """an answer that would come later is not computed"""
+    vectors: _builtins.bytes
+    """[rows of all queries, query heads, key dim]; at most 512 KiB"""
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanQuery]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        query_heads: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        scale: _builtins.float = ...,
+        softcap: _builtins.float = ...,
+        window: _builtins.int = ...,
+        sinks: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+        queries: _abc.Iterable[Global___SpanQuery] | None = ...,
+        vectors: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dtype", b"dtype", "layer", b"layer", "queries", b"queries", "query_heads", b"query_heads", "scale", b"scale", "sinks", b"sinks", "softcap", b"softcap", "vectors", b"vectors", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttendRequest: _TypeAlias = AttendRequest  # noqa: Y015
+
+@_typing.final
+class AttendResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    LSE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    GAPS_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    KERNEL_US_FIELD_NUMBER: _builtins.int
+    STACKED_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    outputs: _builtins.bytes
+    """float32 [rows, query heads, value dim]"""
+    lse: _builtins.bytes
+    """float32 [rows, query heads]; -inf: saw nothing here"""
+    kernel: _builtins.str
+    """that computed it"""
+    kernel_us: _builtins.int
+    stacked: _builtins.int
+    """queries that shared its kernel calls, those of other requests too"""
+    read_bytes: _builtins.int
+    """of KV, in these kernel calls"""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per query: attended here"""
+
+    @_builtins.property
+    def gaps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gap]: ...
+    def __init__(
+        self,
+        *,
+        outputs: _builtins.bytes = ...,
+        lse: _builtins.bytes = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        gaps: _abc.Iterable[Global___Gap] | None = ...,
+        kernel: _builtins.str = ...,
+        kernel_us: _builtins.int = ...,
+        stacked: _builtins.int = ...,
+        read_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "kernel", b"kernel", "kernel_us", b"kernel_us", "lse", b"lse", "outputs", b"outputs", "read_bytes", b"read_bytes", "stacked", b"stacked", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttendResponse: _TypeAlias = AttendResponse  # noqa: Y015
+
+@_typing.final
+class TopKRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    QUERY_HEADS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    PAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    query_heads: _builtins.int
+    dtype: _builtins.str
+    k: _builtins.int
+    page_tokens: _builtins.int
+    """0: single tokens. Else pages of so many tokens from the context's begin,
+    each scored by the mean of its keys; must divide a full block's tokens.
+    """
+    values: _builtins.bool
+    """over values instead of keys"""
+    deadline_ms: _builtins.int
+    vectors: _builtins.bytes
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanQuery]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        query_heads: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        k: _builtins.int = ...,
+        page_tokens: _builtins.int = ...,
+        values: _builtins.bool = ...,
+        deadline_ms: _builtins.int = ...,
+        queries: _abc.Iterable[Global___SpanQuery] | None = ...,
+        vectors: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dtype", b"dtype", "k", b"k", "layer", b"layer", "page_tokens", b"page_tokens", "queries", b"queries", "query_heads", b"query_heads", "values", b"values", "vectors", b"vectors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopKRequest: _TypeAlias = TopKRequest  # noqa: Y015
+
+@_typing.final
+class TopKResponse(_message.Message):
+    """Of every row of every query: its best, first the best. A page is told by its
+    first token.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    GAPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per row: k, or what there is"""
+
+    @_builtins.property
+    def first_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of all rows, one after the other"""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """greatest over a row's heads; of each of these"""
+
+    @_builtins.property
+    def gaps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gap]: ...
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        first_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        gaps: _abc.Iterable[Global___Gap] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "first_tokens", b"first_tokens", "gaps", b"gaps", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopKResponse: _TypeAlias = TopKResponse  # noqa: Y015
+
+@_typing.final
+class ReduceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Sum(_message.Message):
+        """One weighted sum, per KV head."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SPAN_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        WEIGHTS_FIELD_NUMBER: _builtins.int
+        span: _builtins.int
+        @_builtins.property
+        def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """absolute positions"""
+
+        @_builtins.property
+        def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """one each"""
+
+        def __init__(
+            self,
+            *,
+            span: _builtins.int = ...,
+            tokens: _abc.Iterable[_builtins.int] | None = ...,
+            weights: _abc.Iterable[_builtins.float] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["span", b"span", "tokens", b"tokens", "weights", b"weights"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    values: _builtins.bool
+    """of values instead of keys"""
+    deadline_ms: _builtins.int
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReduceRequest.Sum]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        values: _builtins.bool = ...,
+        deadline_ms: _builtins.int = ...,
+        sums: _abc.Iterable[Global___ReduceRequest.Sum] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "layer", b"layer", "sums", b"sums", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReduceRequest: _TypeAlias = ReduceRequest  # noqa: Y015
+
+@_typing.final
+class ReduceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    GAPS_FIELD_NUMBER: _builtins.int
+    outputs: _builtins.bytes
+    """float32 [sums, KV heads, dim]"""
+    @_builtins.property
+    def gaps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gap]:
+        """`query` is the index of the sum"""
+
+    def __init__(
+        self,
+        *,
+        outputs: _builtins.bytes = ...,
+        gaps: _abc.Iterable[Global___Gap] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "outputs", b"outputs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReduceResponse: _TypeAlias = ReduceResponse  # noqa: Y015
+
+@_typing.final
 class ReportStepsRequest(_message.Message):
     """Columns: element i is one measured step."""
 

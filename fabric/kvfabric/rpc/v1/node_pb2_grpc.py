@@ -159,6 +159,31 @@ class NodeServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
                 _registered_method=True)
+        self.OpenSpan = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/OpenSpan',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanResponse.FromString,
+                _registered_method=True)
+        self.CloseSpan = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/CloseSpan',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanResponse.FromString,
+                _registered_method=True)
+        self.Attend = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Attend',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendResponse.FromString,
+                _registered_method=True)
+        self.TopK = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/TopK',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKResponse.FromString,
+                _registered_method=True)
+        self.Reduce = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/Reduce',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceResponse.FromString,
+                _registered_method=True)
         self.ReportSteps = channel.unary_unary(
                 '/kvfabric.rpc.v1.NodeService/ReportSteps',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReportStepsRequest.SerializeToString,
@@ -380,6 +405,43 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenSpan(self, request, context):
+        """Attention where the KV lies. A span is what of a context this node attends;
+        see proto/README.md, "Attention".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSpan(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attend(self, request, context):
+        """Softmax attention of queries over spans: normalised outputs and their
+        log-sum-exp, which merge exactly with those of other parts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TopK(self, request, context):
+        """The tokens, or pages of tokens, whose keys have the greatest inner product
+        with a query.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reduce(self, request, context):
+        """Weighted sums of rows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportSteps(self, request, context):
         """What an engine measured of its own steps, for the planner.
         """
@@ -571,6 +633,31 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ReadState,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.SerializeToString,
+            ),
+            'OpenSpan': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenSpan,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanResponse.SerializeToString,
+            ),
+            'CloseSpan': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSpan,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanResponse.SerializeToString,
+            ),
+            'Attend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendResponse.SerializeToString,
+            ),
+            'TopK': grpc.unary_unary_rpc_method_handler(
+                    servicer.TopK,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKResponse.SerializeToString,
+            ),
+            'Reduce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reduce,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceResponse.SerializeToString,
             ),
             'ReportSteps': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportSteps,
@@ -1293,6 +1380,141 @@ class NodeService(object):
             '/kvfabric.rpc.v1.NodeService/ReadState',
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenSpan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/OpenSpan',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSpan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/CloseSpan',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.CloseSpanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Attend',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AttendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TopK(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/TopK',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.TopKResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reduce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/Reduce',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReduceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,6 +86,21 @@ class NodeServiceStub:
     SwapState: _grpc.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]
     """A versioned head that points to an immutable shard."""
     ReadState: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]
+    OpenSpan: _grpc.UnaryUnaryMultiCallable[_node_pb2.OpenSpanRequest, _node_pb2.OpenSpanResponse]
+    """Attention where the KV lies. A span is what of a context this node attends;
+    see proto/README.md, "Attention".
+    """
+    CloseSpan: _grpc.UnaryUnaryMultiCallable[_node_pb2.CloseSpanRequest, _node_pb2.CloseSpanResponse]
+    Attend: _grpc.UnaryUnaryMultiCallable[_node_pb2.AttendRequest, _node_pb2.AttendResponse]
+    """Softmax attention of queries over spans: normalised outputs and their
+    log-sum-exp, which merge exactly with those of other parts.
+    """
+    TopK: _grpc.UnaryUnaryMultiCallable[_node_pb2.TopKRequest, _node_pb2.TopKResponse]
+    """The tokens, or pages of tokens, whose keys have the greatest inner product
+    with a query.
+    """
+    Reduce: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReduceRequest, _node_pb2.ReduceResponse]
+    """Weighted sums of rows."""
     ReportSteps: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReportStepsRequest, _node_pb2.ReportStepsResponse]
     """What an engine measured of its own steps, for the planner."""
     Lend: _grpc.UnaryUnaryMultiCallable[_node_pb2.LendRequest, _node_pb2.LendResponse]
@@ -161,6 +176,21 @@ class NodeServiceAsyncStub(NodeServiceStub):
     SwapState: _aio.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]  # type: ignore[assignment]
     """A versioned head that points to an immutable shard."""
     ReadState: _aio.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]  # type: ignore[assignment]
+    OpenSpan: _aio.UnaryUnaryMultiCallable[_node_pb2.OpenSpanRequest, _node_pb2.OpenSpanResponse]  # type: ignore[assignment]
+    """Attention where the KV lies. A span is what of a context this node attends;
+    see proto/README.md, "Attention".
+    """
+    CloseSpan: _aio.UnaryUnaryMultiCallable[_node_pb2.CloseSpanRequest, _node_pb2.CloseSpanResponse]  # type: ignore[assignment]
+    Attend: _aio.UnaryUnaryMultiCallable[_node_pb2.AttendRequest, _node_pb2.AttendResponse]  # type: ignore[assignment]
+    """Softmax attention of queries over spans: normalised outputs and their
+    log-sum-exp, which merge exactly with those of other parts.
+    """
+    TopK: _aio.UnaryUnaryMultiCallable[_node_pb2.TopKRequest, _node_pb2.TopKResponse]  # type: ignore[assignment]
+    """The tokens, or pages of tokens, whose keys have the greatest inner product
+    with a query.
+    """
+    Reduce: _aio.UnaryUnaryMultiCallable[_node_pb2.ReduceRequest, _node_pb2.ReduceResponse]  # type: ignore[assignment]
+    """Weighted sums of rows."""
     ReportSteps: _aio.UnaryUnaryMultiCallable[_node_pb2.ReportStepsRequest, _node_pb2.ReportStepsResponse]  # type: ignore[assignment]
     """What an engine measured of its own steps, for the planner."""
     Lend: _aio.UnaryUnaryMultiCallable[_node_pb2.LendRequest, _node_pb2.LendResponse]  # type: ignore[assignment]
@@ -383,6 +413,51 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.ReadStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ReadStateResponse, _abc.Awaitable[_node_pb2.ReadStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def OpenSpan(
+        self,
+        request: _node_pb2.OpenSpanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.OpenSpanResponse, _abc.Awaitable[_node_pb2.OpenSpanResponse]]:
+        """Attention where the KV lies. A span is what of a context this node attends;
+        see proto/README.md, "Attention".
+        """
+
+    @_abc_1.abstractmethod
+    def CloseSpan(
+        self,
+        request: _node_pb2.CloseSpanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.CloseSpanResponse, _abc.Awaitable[_node_pb2.CloseSpanResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Attend(
+        self,
+        request: _node_pb2.AttendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.AttendResponse, _abc.Awaitable[_node_pb2.AttendResponse]]:
+        """Softmax attention of queries over spans: normalised outputs and their
+        log-sum-exp, which merge exactly with those of other parts.
+        """
+
+    @_abc_1.abstractmethod
+    def TopK(
+        self,
+        request: _node_pb2.TopKRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.TopKResponse, _abc.Awaitable[_node_pb2.TopKResponse]]:
+        """The tokens, or pages of tokens, whose keys have the greatest inner product
+        with a query.
+        """
+
+    @_abc_1.abstractmethod
+    def Reduce(
+        self,
+        request: _node_pb2.ReduceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReduceResponse, _abc.Awaitable[_node_pb2.ReduceResponse]]:
+        """Weighted sums of rows."""
 
     @_abc_1.abstractmethod
     def ReportSteps(

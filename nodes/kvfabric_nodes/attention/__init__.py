@@ -1,0 +1,1 @@
+"""Attention where the KV lies: spans of contexts, requests stacked into kernel calls, kernels."""
