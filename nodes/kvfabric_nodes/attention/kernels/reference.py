@@ -24,20 +24,16 @@ class ReferenceKernel:
 
     def attend(self, work: Work) -> Partial:
         shape = work.shape
+        keys = (shape.key_token_stride, shape.key_head_stride)
+        values = (shape.value_token_stride, shape.value_head_stride)
         positions = [
             np.arange(first, first + count)
             for first, count in zip(work.first, work.tokens, strict=True)
         ]
         return oracle.attend(
             widened(work.queries, work.query_dtype),
-            _gather(work, work.keys, shape.key_dim, shape.key_head_stride, shape.key_token_stride),
-            _gather(
-                work,
-                work.values,
-                shape.value_dim,
-                shape.value_head_stride,
-                shape.value_token_stride,
-            ),
+            _gather(work, work.keys, shape.key_dim, keys),
+            _gather(work, work.values, shape.value_dim, values),
             np.concatenate([np.empty(0, np.int64), *positions]),
             work.sight,
             work.scale,
