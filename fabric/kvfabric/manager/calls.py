@@ -11,19 +11,11 @@ import grpc
 
 from kvfabric import logs
 from kvfabric.clock import Clock
-from kvfabric.errors import Conflict, Denied, FabricError, Refused, Retry, Unsupported
+from kvfabric.errors import FabricError
+from kvfabric.grpc_codes import code_of
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import FencedStore
 from kvfabric.metrics import Metrics
-
-_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
-    (Denied, grpc.StatusCode.PERMISSION_DENIED),
-    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
-    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
-    (Retry, grpc.StatusCode.UNAVAILABLE),
-    (Conflict, grpc.StatusCode.ABORTED),
-    (FabricError, grpc.StatusCode.INTERNAL),
-)
 
 log = logs.logger(part="manager")
 
@@ -48,7 +40,7 @@ def translated(context: Any) -> Iterator[None]:
     try:
         yield
     except FabricError as error:
-        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        code = code_of(error)
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed")
         context.abort(code, str(error))

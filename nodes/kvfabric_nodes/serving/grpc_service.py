@@ -19,13 +19,12 @@ from google.protobuf import message_factory
 from google.protobuf.message import Message
 
 from kvfabric.errors import (
-    Conflict,
     Denied,
     FabricError,
     Refused,
     Retry,
-    Unsupported,
 )
+from kvfabric.grpc_codes import code_of
 from kvfabric.rpc.v1 import node_pb2, node_pb2_grpc
 from kvfabric.types import NamespaceId
 from kvfabric.wire.frames import MAX_PAYLOAD_BYTES
@@ -40,15 +39,6 @@ SESSION_SILENCE_S = 600.0
 MAX_SESSIONS = 1024
 MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (1 << 20)
 OFFERED = frozenset({"unchecked"})
-
-_CODES: tuple[tuple[type[FabricError], grpc.StatusCode], ...] = (
-    (Denied, grpc.StatusCode.PERMISSION_DENIED),
-    (Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
-    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
-    (Retry, grpc.StatusCode.UNAVAILABLE),
-    (Conflict, grpc.StatusCode.ABORTED),
-    (FabricError, grpc.StatusCode.INTERNAL),
-)
 
 
 T = TypeVar("T")
@@ -272,5 +262,4 @@ def _session_name(context: Any) -> str:
 
 
 async def _abort(context: Any, error: FabricError) -> None:
-    code = next(code for kind, code in _CODES if isinstance(error, kind))
-    await context.abort(code, str(error))
+    await context.abort(code_of(error), str(error))
