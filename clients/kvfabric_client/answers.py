@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Tier
@@ -35,13 +35,42 @@ class Match:
     runs: tuple[Run, ...]
 
 
-class View:
+class Leased:
+    """Bytes of a node's memory under a lease, for a `with` statement."""
+
+    def __init__(self, link: Link, lease: int) -> None:
+        """`lease` 0: there is none; what is seen are copies."""
+        self._link = link
+        self._lease = lease
+
+    def alive(self) -> bool:
+        """Whether the node still keeps these bytes. Once false, they may be anything."""
+        return self._link.alive()
+
+    def release(self) -> None:
+        """Ends the lease. Safe to repeat."""
+        lease, self._lease = self._lease, 0
+        if lease:
+            self._link.release(lease)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class View(Leased):
     """Leased bytes per key: index it, iterate over it; None is a miss."""
 
     def __init__(self, client: Client, link: Link, held: shm.Held) -> None:
+        super().__init__(link, held.lease)
         self._client = client
-        self._link = link
-        self._lease = held.lease
         # A shard is sealed: whoever wrote into it would spoil it for all others.
         self._views = [None if place is None else place.toreadonly() for place in held.places]
         self.lease_s = held.lease_s
@@ -59,10 +88,6 @@ class View:
     def __iter__(self) -> Iterator[memoryview | None]:
         return iter(self._views)
 
-    def alive(self) -> bool:
-        """Whether the node still keeps these bytes. Once false, they may be anything."""
-        return self._link.alive()
-
     def renew(self, lease_s: float = 30.0) -> None:
         """Prolongs the lease. Refused where it has expired, Unreachable where the node died."""
         if self._lease:
@@ -71,19 +96,5 @@ class View:
             self.lease_s = answer.renew_response.lease_ms / 1000
 
     def release(self) -> None:
-        """Ends the lease. Safe to repeat."""
-        lease, self._lease = self._lease, 0
         self._views = []
-        if lease:
-            self._link.release(lease)
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+        super().release()

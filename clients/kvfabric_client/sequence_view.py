@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
 from kvfabric.types import Key
 from kvfabric_client import shm
+from kvfabric_client.answers import Leased
 from kvfabric_client.block_reader import Reader
 from kvfabric_client.blocks import Array, Bytes
 from kvfabric_client.deadline import Deadline
@@ -32,12 +32,11 @@ class ViewedBlock:
     of one's own."""
 
 
-class SequenceView:
+class SequenceView(Leased):
     """Iterate over it, or index it. Not to be touched after its end."""
 
     def __init__(self, link: Link, lease: int, blocks: list[ViewedBlock]) -> None:
-        self._link = link
-        self._lease = lease
+        super().__init__(link, lease)
         self._blocks = blocks
 
     def __len__(self) -> int:
@@ -49,27 +48,9 @@ class SequenceView:
     def __iter__(self) -> Iterator[ViewedBlock]:
         return iter(self._blocks)
 
-    def alive(self) -> bool:
-        """Whether the node still keeps these bytes. Once false, they may be anything."""
-        return self._link.alive()
-
     def release(self) -> None:
-        """Ends the lease. Safe to repeat."""
-        lease, self._lease = self._lease, 0
         self._blocks = []
-        if lease:
-            self._link.release(lease)
-
-    def __enter__(self) -> SequenceView:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+        super().release()
 
 
 def view_of(
