@@ -249,14 +249,36 @@ class Room(Transfers):
         return self.client.address_of(node, self.client.deadline(timeout_s))
 
     def pin(self, keys: abc.Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
-        """Keeps shards of the home node until unpinned: OK or MISS per key."""
+        """Keeps shards of the home node until unpinned: OK or MISS per key. Where a shard is
+        moved to, its pin goes along."""
         request = node_pb2.PinRequest(namespace_id=self.id, keys=keys)
         answer = self._call("pin", request, self.client.deadline(timeout_s))
         return [Status(status) for status in answer.pin_response.statuses]
 
     def unpin(self, keys: abc.Sequence[Key], *, timeout_s: float | None = None) -> list[Status]:
+        """Ends pins, of what the home node does not have where it lies: OK or MISS per key."""
+        deadline = self.client.deadline(timeout_s)
         request = node_pb2.UnpinRequest(namespace_id=self.id, keys=keys)
-        answer = self._call("unpin", request, self.client.deadline(timeout_s))
+        answer = self._call("unpin", request, deadline)
+        statuses = [Status(status) for status in answer.unpin_response.statuses]
+        moved = [index for index, status in enumerate(statuses) if status is Status.MISS]
+        if moved:
+            some = [keys[index] for index in moved]
+            for address, places in self.client.elsewhere(self.id, some, deadline).items():
+                there = [moved[place] for place in places]
+                verdicts = self._unpin_at(address, [keys[index] for index in there], deadline)
+                for index, verdict in zip(there, verdicts, strict=True):
+                    statuses[index] = verdict
+        return statuses
+
+    def _unpin_at(self, address: str, keys: abc.Sequence[Key], deadline: Deadline) -> list[Status]:
+        request = node_pb2.UnpinRequest(namespace_id=self.id, keys=keys)
+
+        def call(link: Link) -> Any:
+            link.open(self.namespace, self.id, deadline.at_s)
+            return link.call("unpin", request, deadline.at_s)
+
+        answer = self.client.at(address, call, deadline)
         return [Status(status) for status in answer.unpin_response.statuses]
 
     def purge(

@@ -28,6 +28,7 @@ POINTS: dict[str, str] = {
     "pull.sealed": "destination: has sealed a batch",
     "pull.reading": "source: has leased what is read",
     "drop.told": "source: was told to drop what was copied",
+    "keep.handed": "source: who has the copies has taken pins and groups over, its own are here",
 }
 
 _ACTIONS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

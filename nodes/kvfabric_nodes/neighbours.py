@@ -24,6 +24,7 @@ from kvfabric_nodes.lending.terms import Identity, Terms
 from kvfabric_nodes.orders.commands import Commands
 from kvfabric_nodes.orders.confirming import Confirming
 from kvfabric_nodes.reporting.heartbeat import Heartbeat
+from kvfabric_nodes.sequences.groups import Groups
 from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.settings import NodeSettings
 from kvfabric_nodes.store.shards import Shard
@@ -39,6 +40,7 @@ class Neighbours:
         register: control_pb2.RegisterRequest,
         on_core: OnCore,
         victims: Victims,
+        groups: Groups,
     ) -> None:
         self._handler = handler
         self.peers = Peers(settings.node, register.endpoints.host)
@@ -46,7 +48,7 @@ class Neighbours:
         limits = PullLimits(parallel=parallel, throttled=parallel - 1)
         self.puller = Puller(handler, self.peers, on_core, limits)
         self._confirming = Confirming(self.peers)
-        self.commands = Commands(handler, self.puller, self._confirming.ask)
+        self.commands = Commands(handler, self.puller, self._confirming.ask, groups)
         self.heartbeat: Heartbeat | None = None
         if settings.manager:
             self.heartbeat = self._hear_manager(settings.manager, register)

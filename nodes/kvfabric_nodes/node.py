@@ -152,7 +152,7 @@ class Node:
             stack.callback(keeping.ends, keep=settings.keep_on_stop)
             register = self._registration(metrics)
             self.neighbours = Neighbours(
-                handler, settings, register, server.on_core, self.sequences.victims
+                handler, settings, register, server.on_core, self.sequences.victims, self.groups
             )
             stack.push_async_callback(self.neighbours.close)
             self._begin(self._tick(core, metrics))
@@ -177,6 +177,7 @@ class Node:
         self.sequence_calls.room.whereabouts = neighbours.lending.whereabouts
         self.sequence_calls.room.discard = neighbours.lending.discard
         self.sequence_calls.room.claim = neighbours.lending_calls.claim
+        self.group_calls.call_peer = neighbours.peers.call
         metrics.gauges["sequences"] = lambda: len(self.sequences.all)
         heartbeat = neighbours.heartbeat
         if heartbeat is not None:
@@ -215,7 +216,7 @@ class Node:
             "core": core.tick,
             "neighbours": self.neighbours.tick,
             "sequences": self.sequences.tick,
-            "groups": self.groups.tick,
+            "groups": self.group_calls.tick,
             "states": self.states.tick,
             "metrics": _Seldom(metrics.refresh, REFRESH_S),
         }

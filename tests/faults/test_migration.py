@@ -298,6 +298,47 @@ def test_a_node_that_is_drained_takes_nothing_new_until_that_is_called_off(
         )
 
 
+def test_a_clients_pin_goes_where_its_shard_is_moved(
+    nodes: list[NodeProcess], control: Manager, kvfabric: Run
+) -> None:
+    keys = [key_of(number) for number in range(6)]
+    put(nodes[0], keys)
+    until(lambda: homes(control, keys) == ["n0"] * 6, "the manager knows")
+
+    with nodes[0].client() as client:
+        room = client.open(SPACE)
+        assert room.pin(keys[:4]) == [Status.OK] * 4
+        status, lines, err = kvfabric("migrate", "--from", "n0", "--to", "n1")
+        assert (status, err, lines[-1]["dropped"]) == (0, "", 6)
+        assert [node.stats().pins for node in nodes] == [0, 4, 0]
+        assert kvfabric("drain", "n1", "--timeout", "50")[0] == 0
+        assert nodes[1].tier().held_bytes == 0
+        assert nodes[0].stats().pins + nodes[2].stats().pins == 4
+
+        assert room.unpin(keys[:4]) == [Status.OK] * 4
+    assert not any(node.stats().pins for node in nodes)
+
+
+def test_what_a_group_keeps_is_kept_where_it_is_moved_until_the_group_ends(
+    nodes: list[NodeProcess], control: Manager, kvfabric: Run
+) -> None:
+    keys = [key_of(number) for number in range(8)]
+    put(nodes[0], keys)
+    until(lambda: homes(control, keys) == ["n0"] * 8, "the manager knows")
+
+    with nodes[0].client() as client, client.open(SPACE).group([keys[:5]] * 2) as group:
+        assert [shared.node for shared in group.shared] == ["n0"] * 5
+        status, lines, _ = kvfabric("drain", "n0", "--timeout", "50")
+        assert (status, lines[-1]["empty"]) == (0, True)
+        assert sum(node.tier().claimed_bytes for node in nodes[1:]) == 5 * SIZE
+        for node in nodes[1:]:  # of 256 shards each: all goes that may
+            for part in range(0, 512, 64):
+                put(node, [key_of(part + number, node.name) for number in range(64)])
+        assert "" not in homes(control, keys[:5])
+        group.close()
+        until(lambda: not any(node.tier().claimed_bytes for node in nodes), "nothing is kept")
+
+
 def test_policies_and_pins_outlive_the_manager(
     tmp_path: Path,
     processes: list[Process],

@@ -190,7 +190,7 @@ class Steps:
             self.over(batch, MoveState.DONE)
         elif now_s >= batch.deadline_s:
             why = (
-                f"{batch.source} keeps its own: claimed, pinned or leased there, or it reaches "
+                f"{batch.source} keeps its own: claimed or leased there, or it reaches "
                 "nobody who has them"
             )
             self.fail(batch, batch.keys, why)

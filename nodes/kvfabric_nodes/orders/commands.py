@@ -6,7 +6,7 @@ not be carried out, and one that is being carried out already counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import structlog
 
@@ -16,23 +16,27 @@ from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId
 from kvfabric_nodes.copying.puller import Puller
 from kvfabric_nodes.copying.pulls import PullOrder
-from kvfabric_nodes.orders.drops import Drops, Question
+from kvfabric_nodes.orders.drops import NO_GROUPS, Drops, Question
+from kvfabric_nodes.sequences.groups import Groups
 from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.store.promises import Session
 
 log = structlog.get_logger(__name__)
 
 Lend = Callable[[control_pb2.Command, int, float], None]
-Ask = Callable[[Question, Callable[[Question, Collection[Key]], None]], None]
-"""Asks another node which keys it has; its answer is told later, or none of them."""
+Told = Callable[[Question, Collection[Key], Mapping[int, int]], None]
+Ask = Callable[[Question, Told], None]
+"""Asks another node which keys it has; its answer is told later, or none of them: see Drops."""
 
 
 class Commands:
     """See the module. On the core's thread. `lend` takes what is lending's: None, it has none."""
 
-    def __init__(self, handler: Handler, puller: Puller, ask: Ask) -> None:
+    def __init__(
+        self, handler: Handler, puller: Puller, ask: Ask, groups: Groups | None = None
+    ) -> None:
         self.lend: Lend | None = None
-        self.drops = Drops(handler.core)
+        self.drops = Drops(handler.core, groups)
         self.on_dropped: list[Callable[[], object]] = []  # told when shards went by a command
         self._core = handler.core
         self._clock = handler.clock
@@ -76,8 +80,10 @@ class Commands:
         self._tell(self.drops.tick(now_s))
         self._ask_holders()
 
-    def _answered(self, question: Question, held: Collection[Key]) -> None:
-        self._tell(self.drops.answered(question, held, self._clock.now()))
+    def _answered(
+        self, question: Question, held: Collection[Key], groups: Mapping[int, int] = NO_GROUPS
+    ) -> None:
+        self._tell(self.drops.answered(question, held, self._clock.now(), groups))
         self._ask_holders()
 
     def _ask_holders(self) -> None:

@@ -2,16 +2,19 @@
 
 The manager's directory may show a replica whose node has just died. So nothing goes before
 a holder has said that it has a copy, which it leases to the asker meanwhile. What no holder
-has stays: the manager sees that it did not go.
+has stays: the manager sees that it did not go. What keeps a shard here goes along: who has
+the copy pins it, where it is pinned here, and keeps it for the groups that claim it. What
+sequences, states and loans need stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Key, NamespaceId
+from kvfabric_nodes.sequences.groups import Elsewhere, Group, Groups
 from kvfabric_nodes.store.core import NodeCore
 from kvfabric_nodes.store.shards import Shard
 
@@ -24,9 +27,21 @@ FRESH_S = 3.0  # an older answer says nothing: this node may have been stopped m
 Holders = tuple[tuple[str, bytes], ...]  # names, and their endpoints as a message's bytes
 
 
+NO_GROUPS: Mapping[int, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What a group of this node keeps, and for how long still."""
+
+    group: int
+    keys: tuple[Key, ...]
+    life_s: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """Whether a node has these keys."""
+    """Whether a node has these keys, and pins and keeps some of them from now on."""
 
     node: str
     endpoints: bytes  # types_pb2.Endpoints
@@ -34,6 +49,8 @@ class Question:
     keys: tuple[Key, ...]
     asked_s: float
     shards: tuple[Shard, ...]
+    pinned: tuple[Key, ...]
+    groups: tuple[Keep, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,9 +67,10 @@ class Drops:
     """See the module. Who wants shards dropped calls `begin`, then `tick`; questions are taken
     from `questions` and each is answered once."""
 
-    def __init__(self, core: NodeCore) -> None:
+    def __init__(self, core: NodeCore, groups: Groups | None = None) -> None:
         self.questions: list[Question] = []  # to be asked, emptied by who asks them
         self._core = core
+        self._groups = groups or Groups(core)
         self._wishes: dict[Shard, _Wish] = {}
         self._open = 0  # questions without an answer
 
@@ -76,7 +94,7 @@ class Drops:
         room = self._core.shards.room(namespace)
         for key in keys:
             shard = room.get(key)
-            if shard is None or self._needed(shard):
+            if shard is None or self._stays(shard, named):
                 continue
             wish = self._wishes.get(shard)
             if wish is not None and wish.holders == named:
@@ -108,13 +126,26 @@ class Drops:
                     self._ask(shards[start : start + MAX_ASKED], now_s)
         return dropped
 
-    def answered(self, question: Question, held: Collection[Key], now_s: float) -> bool:
-        """What the asked node has, and leases to this one; nothing, where it did not answer.
+    def answered(
+        self,
+        question: Question,
+        held: Collection[Key],
+        now_s: float,
+        groups: Mapping[int, int] = NO_GROUPS,
+    ) -> bool:
+        """What the asked node has, leases to this one, and has pinned where that was asked;
+        nothing, where it did not answer. `groups`: the number there of each group here for
+        which it keeps them.
 
         Whether something was dropped.
         """
         self._open -= 1
         fresh = question.asked_s <= now_s <= question.asked_s + FRESH_S
+        for keep in question.groups:
+            if keep.group in groups:
+                place = Elsewhere(question.node, question.endpoints, groups[keep.group])
+                taken = set(keep.keys).intersection(held) if fresh else ()
+                self._groups.hand_over(keep.group, taken, place, now_s)
         dropped = False
         further: list[Shard] = []
         for shard in question.shards:
@@ -125,7 +156,7 @@ class Drops:
             if not self._wanted(shard, wish, now_s):
                 del self._wishes[shard]
             elif fresh and shard.key in held:
-                if not shard.extent.holders:  # else it is asked again when its lease has ended
+                if self._free(shard, question):  # else it is asked again, later
                     self._drop(shard, wish, now_s)
                     dropped = True
             else:
@@ -151,17 +182,45 @@ class Drops:
         wish = self._wishes[shards[0]]
         node, endpoints = wish.holders[wish.asked]
         keys = tuple(shard.key for shard in shards)
-        question = Question(node, endpoints, shards[0].namespace, keys, now_s, tuple(shards))
+        question = Question(
+            node,
+            endpoints,
+            shards[0].namespace,
+            keys,
+            now_s,
+            tuple(shards),
+            tuple(shard.key for shard in shards if shard.pinned),
+            self._keeps(shards, now_s),
+        )
         for shard in shards:
             self._wishes[shard].question = question
         self._open += 1
         self.questions.append(question)
 
     def _wanted(self, shard: Shard, wish: _Wish, now_s: float) -> bool:
-        return shard.present and now_s < wish.until_s and not self._needed(shard)
+        return shard.present and now_s < wish.until_s and not self._stays(shard, wish.holders)
 
-    def _needed(self, shard: Shard) -> bool:
-        return shard.pinned or self._core.shards.claimed(shard)
+    def _stays(self, shard: Shard, holders: Holders) -> bool:
+        """Whether something needs it here that cannot follow it to a holder."""
+        claims = self._core.shards.claims(shard.namespace, shard.key)
+        if not holders:
+            return shard.pinned or claims > 0
+        return claims > 0 and claims > len(self._groups.of(shard.namespace, shard.key))
+
+    def _free(self, shard: Shard, question: Question) -> bool:
+        """Whether nothing keeps it here any more, now that the asked node has it."""
+        pinned = shard.pinned and shard.key not in question.pinned
+        return not (pinned or shard.extent.holders or self._core.shards.claimed(shard))
+
+    def _keeps(self, shards: Sequence[Shard], now_s: float) -> tuple[Keep, ...]:
+        kept: dict[Group, list[Key]] = {}
+        for shard in shards:
+            for group in self._groups.of(shard.namespace, shard.key):
+                kept.setdefault(group, []).append(shard.key)
+        return tuple(
+            Keep(group.id, tuple(keys), max(0.0, group.deadline_s - now_s))
+            for group, keys in kept.items()
+        )
 
     def _drop(self, shard: Shard, wish: _Wish, now_s: float) -> None:
         del self._wishes[shard]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import structlog
 
-from kvfabric.errors import Refused
-from kvfabric.rpc.v1 import node_pb2
+from kvfabric.errors import Denied, FabricError, Refused
+from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.sequences import groups
-from kvfabric_nodes.sequences.groups import Group, Groups
+from kvfabric_nodes.sequences.groups import Elsewhere, Group, Groups
 from kvfabric_nodes.sequences.states import Head, States
 from kvfabric_nodes.sequences.steps import Steps
 from kvfabric_nodes.serving.handler import Call, Handler, checked_keys
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_LIFE_S = 600.0  # of a group
 FETCH_S = 2.0  # how long a group that begins waits for what lies elsewhere to come here
+CLOSE_S = 2.0  # for the call that ends a group at another node
 FETCH_KEYS = 256  # at a time: between two times it may have ended
 
 Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ...]] | None]]
@@ -29,6 +31,9 @@ Places = Callable[[NamespaceId, Sequence[Key]], Awaitable[Sequence[tuple[str, ..
 
 FetchHome = Callable[[NamespaceId, Sequence[Key]], Awaitable[Any]]
 """Brings shards from other nodes here, as far as it can."""
+
+CallPeer = Callable[[str, types_pb2.Endpoints, str, Any, float], Awaitable[Any]]
+"""Calls another node: its name, how it is reached, the call in lower case, the request, seconds."""
 
 
 class GroupCalls:
@@ -40,7 +45,9 @@ class GroupCalls:
         self.steps = steps
         self.places: Places | None = None
         self.fetch_home: FetchHome | None = None
+        self.call_peer: CallPeer | None = None
         self._fetching: set[asyncio.Task[None]] = set()  # one per group at most
+        self._closing: set[asyncio.Task[None]] = set()
         self._handler = handler
         self._core = handler.core
 
@@ -62,16 +69,21 @@ class GroupCalls:
     ) -> Coroutine[Any, Any, None] | None:
         keys = checked_keys(request.keys)
         life_s = self.groups.bounded(request.life_ms / 1000 or DEFAULT_LIFE_S)
-        indices = groups.shared(keys, request.lengths)
+        if request.detached and not session.between_nodes:
+            raise Denied("only other nodes' groups outlive their session")
+        every = range(len(keys))
+        indices = every if request.detached else groups.shared(keys, request.lengths)
         namespace = NamespaceId(request.namespace_id)
         self._core.admit(session, namespace, len(keys))
         common = [keys[index] for index in indices]
-        group = self.groups.open(session, namespace, common, life_s, self._now())
+        group = self.groups.open(
+            session, namespace, common, life_s, self._now(), detached=request.detached
+        )
         response.group = group.id
         response.shared.extend(indices)
         response.life_ms = int(life_s * 1000)
         absent = [key for key in common if key not in group.found]
-        if absent and self.places is not None:
+        if absent and self.places is not None and not request.detached:
             return self._find_elsewhere(self.places, group, absent, response)
         self._put_places(group, {}, response)
         return None
@@ -128,6 +140,23 @@ class GroupCalls:
         shards, size_bytes = self.groups.close(session, request.group, self._now())
         response.shards = shards
         response.size_bytes = size_bytes
+
+    def tick(self, now_s: float) -> None:
+        """Ends the groups whose life is over, and tells other nodes of those that ended."""
+        self.groups.tick(now_s)
+        ended, self.groups.to_close = self.groups.to_close, []
+        for place in ended:
+            closing = asyncio.get_running_loop().create_task(self._close_elsewhere(place))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _close_elsewhere(self, place: Elsewhere) -> None:
+        """Told once: the group there ends by its life, too."""
+        endpoints = types_pb2.Endpoints.FromString(place.endpoints)
+        request = node_pb2.CloseGroupRequest(group=place.group)
+        if self.call_peer is not None:
+            with contextlib.suppress(FabricError):
+                await self.call_peer(place.node, endpoints, "close_group", request, CLOSE_S)
 
     def swap_state(
         self,

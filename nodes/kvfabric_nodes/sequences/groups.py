@@ -2,14 +2,16 @@
 
 The keys that two or more chains have are claimed, whether they are here already, lie
 elsewhere or are yet to be computed. When the group ends, what came here meanwhile and
-nobody else needs is freed; what was here before is ordinary cache again.
+nobody else needs is freed; what was here before is ordinary cache again. A shard that
+leaves this node takes its claims along: another node keeps it for the rest of the group's
+life, in a group of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from kvfabric.errors import Refused, Retry
 from kvfabric.types import Key, NamespaceId
@@ -27,14 +29,24 @@ class GroupLimits:
     life_s: float = 24 * 3600.0
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A group of another node that keeps what one of this node kept."""
+
+    node: str
+    endpoints: bytes  # types_pb2.Endpoints
+    group: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     id: int
-    session: Session
+    session: Session | None  # None: it stands for another node's group
     namespace: NamespaceId
-    keys: tuple[Key, ...]  # in the order of their chains
+    keys: dict[Key, None]  # that are kept here, in the order of their chains
     found: frozenset[Key]  # those that were here when it began
     deadline_s: float
+    elsewhere: list[Elsewhere] = field(default_factory=list)
 
 
 def shared(keys: Sequence[Key], lengths: Sequence[int]) -> list[int]:
@@ -61,6 +73,8 @@ class Groups:
         self.core = core
         self.limits = limits or GroupLimits()
         self.all: dict[int, Group] = {}
+        self.to_close: list[Elsewhere] = []  # whose groups here have ended; emptied by the shell
+        self._of: dict[Name, dict[int, Group]] = {}  # who claims each key
         self._next_id = first_id
         core.on_closed.append(self._session_ended)
 
@@ -71,17 +85,22 @@ class Groups:
         keys: Sequence[Key],
         life_s: float,
         now_s: float,
+        *,
+        detached: bool = False,
     ) -> Group:
-        """Keeps these keys, each named once, until the group ends."""
+        """Keeps these keys, each named once, until the group ends.
+
+        `detached`: another node's, which outlives the session.
+        """
         self.core.admit(session, namespace, len(keys))
         if len(self.all) >= self.limits.groups:
             raise Retry(f"{len(self.all)} groups are open on this node; close some, or wait")
         room = self.core.shards.room(namespace)
         group = Group(
             self._next_id,
-            session,
+            None if detached else session,
             namespace,
-            tuple(keys),
+            dict.fromkeys(keys),
             frozenset(key for key in keys if key in room),
             now_s + self.bounded(life_s),
         )
@@ -89,6 +108,7 @@ class Groups:
         self.all[group.id] = group
         for key in group.keys:
             self.core.shards.claim(namespace, key)
+            self._of.setdefault((namespace, key), {})[group.id] = group
         return group
 
     def bounded(self, life_s: float) -> float:
@@ -97,9 +117,28 @@ class Groups:
     def close(self, session: Session, group_id: int, now_s: float) -> tuple[int, int]:
         """Ends it: (shards, bytes) that are freed."""
         group = self.all.get(group_id)
-        if group is None or group.session is not session:
+        own = group is not None and (
+            session.between_nodes if group.session is None else group.session is session
+        )
+        if group is None or not own:
             raise Refused(f"this session has no group {group_id}: it ended, or was closed before")
         return self._end(group, now_s)
+
+    def of(self, namespace: NamespaceId, key: Key) -> list[Group]:
+        """Those that claim this key here."""
+        return list(self._of.get((namespace, key), {}).values())
+
+    def hand_over(self, group_id: int, keys: Iterable[Key], place: Elsewhere, now_s: float) -> None:
+        """Another node keeps these from now on; it is told when the group ends."""
+        group = self.all.get(group_id)
+        if group is None:
+            self.to_close.append(place)
+            return
+        group.elsewhere.append(place)
+        for key in keys:
+            if key in group.keys:
+                del group.keys[key]
+                self._unclaim(group, key, now_s)
 
     def tick(self, now_s: float) -> None:
         """Ends the groups whose life is over."""
@@ -110,11 +149,19 @@ class Groups:
         for group in [g for g in self.all.values() if g.session is session]:
             self._end(group, now_s)
 
+    def _unclaim(self, group: Group, key: Key, now_s: float) -> None:
+        groups = self._of[group.namespace, key]
+        del groups[group.id]
+        if not groups:
+            del self._of[group.namespace, key]
+        self.core.end_of_claim(group.namespace, key, now_s)
+
     def _end(self, group: Group, now_s: float) -> tuple[int, int]:
         del self.all[group.id]
+        self.to_close += group.elsewhere
         shards = size_bytes = 0
         for key in reversed(group.keys):
-            self.core.end_of_claim(group.namespace, key, now_s)
+            self._unclaim(group, key, now_s)
             shard = self.core.shards.get(group.namespace, key)
             if shard is None or key in group.found:
                 continue
@@ -132,7 +179,8 @@ class Groups:
         """Asserts that every group's session lives and its keys are claimed."""
         for group_id, group in self.all.items():
             assert group.id == group_id
-            assert group.session.id in self.core.sessions
-            assert group.found <= set(group.keys)
-        for name, count in self.claims().items():
+            assert group.session is None or group.session.id in self.core.sessions
+        claims = self.claims()
+        assert claims == {name: len(groups) for name, groups in self._of.items()}
+        for name, count in claims.items():
             assert self.core.shards.claims(*name) >= count

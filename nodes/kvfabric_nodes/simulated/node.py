@@ -6,7 +6,7 @@ claimed and dropped is decided by the same code as in production.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from kvfabric_nodes.lending.instructions import (
 )
 from kvfabric_nodes.lending.terms import Identity, Terms
 from kvfabric_nodes.metrics import NodeMetrics
-from kvfabric_nodes.orders.commands import Commands
+from kvfabric_nodes.orders.commands import Commands, Told
 from kvfabric_nodes.orders.drops import Question
 from kvfabric_nodes.reporting.reports import Reports
 from kvfabric_nodes.sequences.core import Sequences
@@ -322,21 +322,18 @@ class SimulatedNode:
             self._connected = False  # not asked again before it answers a heartbeat
         return answer
 
-    def _ask_holder(
-        self, question: Question, told: Callable[[Question, Collection[Key]], None]
-    ) -> None:
+    def _ask_holder(self, question: Question, told: Told) -> None:
         """Whether another node has what is to be dropped here."""
         self._begin(self._confirm(question, told))
 
-    async def _confirm(
-        self, question: Question, told: Callable[[Question, Collection[Key]], None]
-    ) -> None:
+    async def _confirm(self, question: Question, told: Told) -> None:
         asked = (question.namespace, question.keys)
         header: Header | None = await self._network.call(
             self.name, question.node, "read", asked, CONFIRM_S
         )
         said = zip(question.keys, header.keys, strict=True) if header is not None else ()
-        told(question, [key for key, each in said if each.status is Status.OK])
+        held = [key for key, each in said if each.status is Status.OK]
+        told(question, [key for key in held if key not in question.pinned], {})
         if header is not None and header.lease:
             self._network.call(self.name, question.node, "release", header.lease, CONFIRM_S)
 

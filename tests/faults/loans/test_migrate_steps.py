@@ -142,3 +142,18 @@ def test_two_moves_of_the_same_shards_end_with_one_replica_each(lenders: Lenders
 
     assert read(lenders) == 0
     lenders.check_quiet()
+
+
+@exhaustive
+def test_the_source_dies_when_its_pins_have_gone_along(lenders: Lenders) -> None:
+    lenders.start(east="keep.handed=kill")
+    put_at_east(lenders)
+    pinned = KEYS[:3]
+    assert lenders.client("east").open(FAULTS).pin(pinned) == [Status.OK] * 3
+
+    migrate(lenders)
+    lenders.fallen("east")
+
+    assert read(lenders) == 0
+    assert lenders.nodes["west"].stats().pins == 3
+    lenders.check_quiet()

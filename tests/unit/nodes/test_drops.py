@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Key
-from kvfabric_nodes.orders.drops import DROP_S, FRESH_S, MAX_ASKED, MAX_QUESTIONS, Drops, Question
+from kvfabric_nodes.orders.drops import (
+    DROP_S,
+    FRESH_S,
+    MAX_ASKED,
+    MAX_QUESTIONS,
+    Drops,
+    Keep,
+    Question,
+)
+from kvfabric_nodes.sequences.groups import Groups
 from kvfabric_nodes.store.core import NodeCore
 from kvfabric_nodes.store.extents import Extents
 from kvfabric_nodes.store.promises import Limits
@@ -125,7 +134,97 @@ def test_what_is_needed_while_it_is_asked_for_stays(drops: Drops, desk: Desk) ->
     desk.core.pin(desk.session, desk.namespace, KEYS[1:2])
     drops.answered(only(drops), KEYS[:3], 0.1)
     assert desk.holds(KEYS[:3]) == [True, True, False]
-    assert len(drops) == 0
+    assert len(drops) == 1  # the pin may follow
+
+
+def test_a_pin_follows_its_shard(drops: Drops, desk: Desk) -> None:
+    desk.core.pin(desk.session, desk.namespace, KEYS[:1])
+    begin(drops, desk, KEYS[:2], "b")
+    drops.tick(0.0)
+    question = only(drops)
+    assert question.pinned == (KEYS[0],)
+
+    drops.answered(question, KEYS[1:2], 0.1)  # "b" has both, but did not pin
+    assert desk.holds(KEYS[:2]) == [True, False]
+    begin(drops, desk, KEYS[:1], "c")
+    drops.tick(0.2)
+    drops.answered(only(drops), KEYS[:1], 0.3)
+
+    assert desk.holds(KEYS[:1]) == [False]
+    assert desk.core.pins == 0
+
+
+def test_a_pin_that_comes_while_the_holder_is_asked_follows_too(drops: Drops, desk: Desk) -> None:
+    begin(drops, desk, KEYS[:1], "b")
+    drops.tick(0.0)
+    question = only(drops)
+    desk.core.pin(desk.session, desk.namespace, KEYS[:1])
+    drops.answered(question, KEYS[:1], 0.1)
+    assert desk.holds(KEYS[:1]) == [True]
+
+    drops.tick(0.2)
+    again = only(drops)
+    assert again.pinned == (KEYS[0],)
+    drops.answered(again, KEYS[:1], 0.3)
+    assert desk.holds(KEYS[:1]) == [False]
+
+
+def test_what_is_pinned_and_lies_nowhere_else_stays(drops: Drops, desk: Desk) -> None:
+    desk.core.pin(desk.session, desk.namespace, KEYS[:1])
+    begin(drops, desk, KEYS[:2])
+    drops.tick(0.0)
+    assert desk.holds(KEYS[:2]) == [True, False]
+
+
+def test_what_groups_keep_is_kept_for_them_by_the_holder(desk: Desk) -> None:
+    desk.put(KEYS)
+    groups = Groups(desk.core)
+    drops = Drops(desk.core, groups)
+    first = groups.open(desk.session, desk.namespace, KEYS[:2], 50.0, 0.0)
+    second = groups.open(desk.session, desk.namespace, KEYS[1:3], 90.0, 0.0)
+    begin(drops, desk, KEYS[:3], "b")
+    drops.tick(10.0)
+    question = only(drops)
+    assert question.groups == (
+        Keep(first.id, (KEYS[0], KEYS[1]), 40.0),
+        Keep(second.id, (KEYS[1], KEYS[2]), 80.0),
+    )
+
+    drops.answered(question, KEYS[:2], 10.1, {first.id: 7, second.id: 8})
+
+    assert desk.holds(KEYS[:3]) == [False, False, True]
+    assert groups.close(desk.session, first.id, 11.0) == (0, 0)
+    assert [(place.node, place.group) for place in groups.to_close] == [("b", 7)]
+    assert list(second.keys) == [KEYS[2]]
+    groups.check()
+    drops.check()
+
+
+def test_a_group_is_kept_until_a_fresh_answer_and_closed_elsewhere_all_the_same(
+    desk: Desk,
+) -> None:
+    desk.put(KEYS)
+    groups = Groups(desk.core)
+    drops = Drops(desk.core, groups)
+    group = groups.open(desk.session, desk.namespace, KEYS[:1], 50.0, 0.0)
+    begin(drops, desk, KEYS[:1], "b")
+    drops.tick(0.0)
+    drops.answered(only(drops), KEYS[:1], FRESH_S + 1.0, {group.id: 7})
+    assert (desk.holds(KEYS[:1]), list(group.keys)) == ([True], KEYS[:1])
+
+    desk.core.close_session(desk.session, 5.0)
+    assert [place.group for place in groups.to_close] == [7]
+
+
+def test_what_a_sequence_or_a_state_claims_beside_a_group_stays(desk: Desk) -> None:
+    desk.put(KEYS)
+    groups = Groups(desk.core)
+    drops = Drops(desk.core, groups)
+    groups.open(desk.session, desk.namespace, KEYS[:1], 50.0, 0.0)
+    desk.core.shards.claim(desk.namespace, KEYS[0])
+    begin(drops, desk, KEYS[:1], "b")
+    drops.tick(0.0)
+    assert not asked(drops)
 
 
 def test_a_new_shard_of_the_same_key_is_not_the_one_that_was_asked_for(

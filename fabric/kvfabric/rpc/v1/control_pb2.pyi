@@ -604,8 +604,9 @@ class Command(_message.Message):
 
     @_typing.final
     class Drop(_message.Message):
-        """Drop replicas once no lease is on them. Claimed ones (pinned, of an open
-        sequence, group or loan) stay, and so does what no holder has at that moment.
+        """Drop replicas once no lease is on them. Those that a sequence, state or loan
+        claims stay, and so does what no holder has at that moment. What is pinned, or
+        kept for a group, is pinned and kept at the holder first.
         """
 
         DESCRIPTOR: _descriptor.Descriptor

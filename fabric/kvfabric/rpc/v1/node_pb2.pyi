@@ -1446,8 +1446,13 @@ class OpenGroupRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
     LIFE_MS_FIELD_NUMBER: _builtins.int
+    DETACHED_FIELD_NUMBER: _builtins.int
     namespace_id: _builtins.bytes
     life_ms: _builtins.int
+    detached: _builtins.bool
+    """Between nodes only: all keys are kept, and the group outlives the session.
+    So what a group keeps goes on being kept where it was moved to.
+    """
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """the requests' chains, one behind the other"""
@@ -1463,10 +1468,11 @@ class OpenGroupRequest(_message.Message):
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         lengths: _abc.Iterable[_builtins.int] | None = ...,
         life_ms: _builtins.int = ...,
+        detached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "lengths", b"lengths", "life_ms", b"life_ms", "namespace_id", b"namespace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached", b"detached", "keys", b"keys", "lengths", b"lengths", "life_ms", b"life_ms", "namespace_id", b"namespace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
