@@ -158,7 +158,7 @@ def test_a_claimed_shard_stays_and_the_move_says_so() -> None:
     made.until_ended(move)
 
     assert (move.state, move.failed, move.dropped) == (MoveState.FAILED, 1, 1)
-    assert "claimed, pinned or leased" in move.notes[0]
+    assert "claimed or leased" in move.notes[0]
     assert made.holders(1) == {"a", "b"}
 
 

@@ -551,12 +551,11 @@ def test_a_drop_waits_for_leases_and_spares_what_is_needed(source: Node, target:
     obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=True))
     with room_of(source) as room, room.view(KEYS[2:3]):
         obey(source, drop=drop_command(KEYS[:4], target))
-        wait_for(lambda: not holds(source, KEYS[3:4])[0])
-        assert holds(source, KEYS[:4]) == [True, True, True, False]
+        wait_for(lambda: holds(source, KEYS[:4]) == [True, False, True, False])
+    assert core_of(target).pins == 1  # the pin has gone along
     wait_for(lambda: not holds(source, KEYS[2:3])[0])
-    assert holds(source, KEYS[:2]) == [True, True]
+    assert holds(source, KEYS[:1]) == [True]
     on(source, lambda: core.end_of_claim(SPACE_ID, KEYS[0], 0.0))
-    obey(source, pin=control_pb2.Command.Pin(namespace_id=SPACE_ID, keys=KEYS[1], pinned=False))
     obey(source, drop=drop_command(KEYS[:4], target))
     wait_for(lambda: not any(holds(source, KEYS[:4])))
     wait_for(lambda: not leases_of(target))
