@@ -27,6 +27,10 @@ from kvfabric.metrics import MetricsServer
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
+from kvfabric_nodes.attention.calls import AttentionCalls
+from kvfabric_nodes.attention.engine import Engine
+from kvfabric_nodes.attention.kernels.reference import ReferenceKernel
+from kvfabric_nodes.attention.spans import Spans
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
 from kvfabric_nodes.neighbours import Neighbours
@@ -140,6 +144,7 @@ class Node:
             identity = Identity(settings.node, settings.token.encode(), settings.manager)
             handler = Handler(core, arena, self._clock, identity, verifier, metrics)
             self._offer_sequences(core, handler, verifier)
+            self._offer_attention(core, handler, stack)
             if self._has_keeper:
                 metrics.keeper = keeping.tally
                 keeping.attach(restored, arena, handler)
@@ -170,6 +175,16 @@ class Node:
         self.sequence_calls = SequenceCalls(handler, self.sequences, verifier)
         self.group_calls = GroupCalls(handler, self.groups, self.states, self.steps)
         handler.offer({**self.sequence_calls.calls(), **self.group_calls.calls()})
+
+    def _offer_attention(
+        self, core: NodeCore, handler: Handler, stack: contextlib.AsyncExitStack
+    ) -> None:
+        engine = None
+        if self.settings.attention_threads:
+            engine = Engine(self._clock)
+            stack.push_async_callback(engine.close)
+        spans = Spans(core, self.sequences, handler.arena.address)
+        handler.offer(AttentionCalls(handler, spans, engine, ReferenceKernel()).calls())
 
     def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:
         """Sequences, groups and steps get to know the other nodes and the manager."""

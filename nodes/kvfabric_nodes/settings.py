@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class NodeSettings(BaseSettings):
     keeper: bool = True  # a process that keeps the memory over a crash of this one
     keep_s: float = Field(default=600.0, gt=0)  # how long it waits for the next start
     keep_on_stop: bool = False  # it waits after an orderly stop, too
+    # Of kernels; 0: attention is not computed here.
+    attention_threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=0)
     parallel_pulls: int = Field(default=4, ge=2, le=16)  # transfers from other nodes at once
 
     @property

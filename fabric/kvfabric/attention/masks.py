@@ -41,3 +41,30 @@ def sight(
     at = np.asarray(positions, np.int64) if len(positions) else np.full(rows, visible, np.int64)
     lo = at - window + 1 if window else np.zeros(rows, np.int64)
     return Sight(np.maximum(lo, 0), np.minimum(at + 1, visible), sinks if window else 0)
+
+
+def seen(sight: Sight) -> list[tuple[int, int]]:
+    """What the rows of one query see at most, as ascending (first, end): the sinks, and all from
+    the lowest bound to the highest. What lies outside is neither attended nor missed."""
+    if not len(sight.hi):
+        return []
+    low, high = int(sight.lo.min()), int(sight.hi.max())
+    sinks = min(sight.sinks, low, high)
+    return [(first, end) for first, end in ((0, sinks), (low, high)) if first < end]
+
+
+def within(
+    ranges: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The positions that lie in a range of both; each has ascending ranges that do not overlap."""
+    found: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(ranges) and j < len(others):
+        first, end = max(ranges[i][0], others[j][0]), min(ranges[i][1], others[j][1])
+        if first < end:
+            found.append((first, end))
+        if ranges[i][1] < others[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found

@@ -383,6 +383,7 @@ class Sequences:
         A sealed block that is cut must lie, copied, in the first open block.
         """
         cut = sequence.cut(tokens)
+        sequence.cuts += tokens < max([sequence.length, *sequence.ahead.values()])
         self.sharing.leave(sequence, cut.blocks, now_s)
         self._shed(sequence, -(-cut.rest // sequence.shape.block_tokens), let_go=True)
         sequence.length, sequence.ahead = tokens, {}

@@ -8,6 +8,7 @@ It gets a new memfd, which the kernel hands out zeroed.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -49,6 +50,7 @@ class Memory:
         self.fd = _new(segment, size_bytes) if fd is None else fd
         self._map = mmap.mmap(self.fd, size_bytes)
         self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._map))
         self.ready_bytes = 0
 
     def prefault(self) -> bool:
@@ -113,6 +115,10 @@ class Arena:
 
     def view(self, segment: int, offset: int, size_bytes: int) -> memoryview:
         return self._memory[segment].view[offset : offset + size_bytes]
+
+    def address(self, segment: int) -> int:
+        """Where its bytes begin in this process, for kernels."""
+        return self._memory[segment].address
 
     def __iter__(self) -> Iterator[int]:
         """Every segment that has memory, the retired ones included."""

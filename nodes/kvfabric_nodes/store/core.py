@@ -16,6 +16,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from kvfabric.errors import Denied, Refused
 from kvfabric.types import Key, NamespaceId, Status
@@ -29,6 +30,7 @@ from kvfabric_nodes.store.promises import (
     Item,
     Lease,
     Limits,
+    Reading,
     Reservation,
     Session,
     Tally,
@@ -72,6 +74,7 @@ class NodeCore:
         self._reserved_bytes = 0
         self._quarantined_bytes = 0
         self._writing: dict[tuple[NamespaceId, Key], Reservation] = {}
+        self._readings: dict[int, Reading] = {}
         self._deadlines = Deadlines()  # of reservations and leases
         self._lives = Deadlines()  # of shards
         self._ids = 0
@@ -508,6 +511,22 @@ class NodeCore:
             self._let_go(lease)
         return leases
 
+    def begin_reading(self, extents: list[Extent]) -> Reading:
+        """The node itself reads these, whoever they are: they are not used for anything else
+        before `end_reading`, though what lies there may be dropped, or its sequence end.
+        """
+        for extent in extents:
+            extent.holders += 1
+        reading = Reading(self._next_id(), extents)
+        self._readings[reading.id] = reading
+        return reading
+
+    def end_reading(self, reading: Reading) -> None:
+        del self._readings[reading.id]
+        for extent in reading.extents:
+            extent.let_go()
+        self.shards.considered += 1
+
     # Keeping and erasing --------------------------------------------------------
 
     def pin(self, session: Session, namespace: NamespaceId, keys: Sequence[Key]) -> list[Status]:
@@ -575,10 +594,7 @@ class NodeCore:
         extent = shard.extent
         self.pins -= shard.pinned
         self._held_bytes -= extent.size_bytes
-        if extent.holders:
-            self._quarantined_bytes += extent.size_bytes
-        else:
-            self.extents.free(extent)
+        self._free(extent)
         for told in self.on_dropped:
             told(shard, what, now_s)
 
@@ -646,6 +662,10 @@ class NodeCore:
                         quarantined[id(shard.extent)] = shard.extent
         assert len(self._writing) == writing
         held = {id(shard.extent): shard.extent for shard in self.shards}
+        for extent in (e for reading in self._readings.values() for e in reading.extents):
+            holders[id(extent)] = holders.get(id(extent), 0) + 1
+            if id(extent) not in held and id(extent) not in reserved:
+                quarantined[id(extent)] = extent
         used = {id(e): e for s in self.extents.segments.values() for e in s.used.values()}
         assert held.keys() | reserved.keys() | quarantined.keys() == used.keys()
         assert len(held) + len(reserved) + len(quarantined) == len(used)
@@ -698,6 +718,18 @@ class NodeCore:
             self._quarantined_bytes -= extent.size_bytes
         else:
             self._reserved_bytes -= extent.size_bytes
+        self._free(extent)
+
+    def _free(self, extent: Extent) -> None:
+        """Nobody's any more; what somebody still reads is quarantined meanwhile."""
+        if not extent.holders:
+            self.extents.free(extent)
+            return
+        self._quarantined_bytes += extent.size_bytes
+        extent.then = partial(self._free_quarantined, extent)
+
+    def _free_quarantined(self, extent: Extent) -> None:
+        self._quarantined_bytes -= extent.size_bytes
         self.extents.free(extent)
 
     def _expire_reservation(self, reservation: Reservation) -> None:
@@ -724,12 +756,8 @@ class NodeCore:
     def _let_go(self, lease: Lease) -> None:
         del lease.session.leases[lease.id]
         for shard in lease.shards:
-            shard.extent.holders -= 1
-            if shard.present:
-                self.shards.consider(shard)
-            elif not shard.extent.holders:
-                self._quarantined_bytes -= shard.extent.size_bytes
-                self.extents.free(shard.extent)
+            shard.extent.let_go()
+        self.shards.considered += 1
 
     def _report_added(self, shard: Shard) -> None:
         self.inventory_hash += int.from_bytes(shard.key[:8], "little")

@@ -8,7 +8,7 @@ to a power of two. Bytes, files and policies are somebody else's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 SLOT_ALIGNMENT_BYTES = 64
@@ -27,7 +27,15 @@ class Extent:
     offset: int
     size_bytes: int  # of the slot
     generation: int
-    holders: int = 0  # leases and server-side transfers that may still touch the bytes
+    holders: int = 0  # leases, transfers and kernels of the node that may still touch the bytes
+    then: Callable[[], None] | None = None  # what waits until nobody holds it
+
+    def let_go(self) -> None:
+        """One holder less."""
+        self.holders -= 1
+        if self.then is not None and not self.holders:
+            then, self.then = self.then, None
+            then()
 
 
 @dataclass(slots=True, eq=False)

@@ -48,6 +48,14 @@ class Lease:
     expired: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """Extents that the node itself reads for a while, sealed ones and open blocks alike."""
+
+    id: int
+    extents: list[Extent]
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """A client as the core knows it. Everything it holds ends with it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.store.extents import Extent, Pool
@@ -158,6 +159,8 @@ class Shards:
     def consider(self, shard: Shard) -> None:
         """To be called whenever a shard may have become evictable."""
         self.considered += 1
+        if shard.extent.holders and shard.present:
+            shard.extent.then = partial(self.consider, shard)
         if shard.queued or not self.evictable(shard):
             return
         shard.queued = True

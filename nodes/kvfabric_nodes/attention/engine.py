@@ -1,0 +1,125 @@
+"""The one thread that computes attention, and the queue before it.
+
+Kernels take their time and release the GIL, so the core's loop goes on meanwhile. What a
+task reads is held from its submission until it is computed, whatever becomes of its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from kvfabric.clock import Clock
+from kvfabric.errors import Broken, FabricError, Retry
+
+log = structlog.get_logger(__name__)
+
+MAX_WAITING = 1024
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """`compute` runs in the engine's thread, for tasks of one `kind` together where that is not
+    None; it leaves its results in `what`. `finish` runs on the loop when that is over."""
+
+    what: Any
+    kind: Hashable
+    deadline_s: float
+    compute: Callable[[Sequence[Any]], None]
+    finish: Callable[[], None]
+    since_s: float = 0.0
+    waited_s: float = 0.0
+    error: FabricError | None = None
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class Engine:
+    """All methods on the loop."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Task] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kvfabric-attention", daemon=True)
+        self._thread.start()
+
+    async def run(self, task: Task) -> None:
+        """Returns when it is computed. Retry where too many wait, or its deadline passes first."""
+        if len(self._waiting) >= MAX_WAITING:
+            task.finish()
+            raise Retry(f"{MAX_WAITING} calls wait for their attention; ask again later")
+        task.since_s = self._clock.now()
+        with self._changed:
+            self._waiting.append(task)
+            self._changed.notify()
+        await task.done
+        if task.error is not None:
+            raise task.error
+
+    async def close(self) -> None:
+        """Ends the thread, once what it computes is done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+        for task in self._waiting:
+            task.error = Retry("the node stops; ask another one")
+        self._finish(list(self._waiting))
+
+    def _run(self) -> None:
+        while tasks := self._next():
+            try:
+                tasks[0].compute([task.what for task in tasks])
+            except Exception as error:
+                log.exception("attention_failed")
+                for task in tasks:
+                    task.error = Broken(f"the node failed: {error!r}; see its log")
+            self._loop.call_soon_threadsafe(self._finish, tasks)
+
+    def _next(self) -> list[Task]:
+        """Waits for a task, and takes those that are computed with it. Empty: the end."""
+        with self._changed:
+            while not self._stopping:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                first = self._take_first()
+                if first is not None:
+                    return [first, *self._take_alike(first)]
+        return []
+
+    def _take_first(self) -> Task | None:
+        """The first that is still wanted; those before it are over."""
+        now_s = self._clock.now()
+        while self._waiting:
+            task = self._waiting.popleft()
+            task.waited_s = now_s - task.since_s
+            if now_s <= task.deadline_s and not task.done.cancelled():
+                return task
+            task.error = Retry(
+                f"the deadline passed after {task.waited_s:.3f} s in the queue; give it more "
+                "time, or ask another node"
+            )
+            self._loop.call_soon_threadsafe(self._finish, [task])
+        return None
+
+    def _take_alike(self, first: Task) -> list[Task]:
+        alike = [task for task in self._waiting if first.kind and task.kind == first.kind]
+        for task in alike:
+            self._waiting.remove(task)
+            task.waited_s = self._clock.now() - task.since_s
+        return alike
+
+    def _finish(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            task.finish()
+            if not task.done.done():  # else its caller has gone
+                task.done.set_result(None)

@@ -1,0 +1,101 @@
+"""What of a context lies here, as columns, and what of that a query asks for.
+
+Vectorised: a call on a long context meets a thousand blocks, in every layer of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfabric_nodes.store.extents import Extent
+
+Longs = NDArray[np.int64]
+Range = tuple[int, int]  # positions: the first, and the one behind the last
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Blocks by ascending position, which do not overlap: the address at which each begins, the
+    positions of its first token and behind its last."""
+
+    address: Longs
+    first: Longs
+    end: Longs
+    extents: list[Extent]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Parts of blocks: the block's address, how many of its tokens come before, and the positions
+    of the first token and behind the last."""
+
+    address: Longs
+    skipped: Longs
+    first: Longs
+    end: Longs
+    extents: list[Extent]
+
+    @property
+    def tokens(self) -> int:
+        return int((self.end - self.first).sum())
+
+
+def blocks_of(rows: Sequence[tuple[int, int, int, Extent]]) -> Blocks:
+    """Of (address, first position, end, extent) by ascending position."""
+    columns = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
+    address, first, end = np.ascontiguousarray(columns.T)
+    return Blocks(address, first, end, [row[3] for row in rows])
+
+
+def joined(blocks: Blocks, behind: Blocks) -> Blocks:
+    """Blocks, and others behind them."""
+    if not behind.extents:
+        return blocks
+    return Blocks(
+        np.concatenate([blocks.address, behind.address]),
+        np.concatenate([blocks.first, behind.first]),
+        np.concatenate([blocks.end, behind.end]),
+        blocks.extents + behind.extents,
+    )
+
+
+def cut(blocks: Blocks, ranges: Sequence[Range]) -> tuple[Pieces, list[Range]]:
+    """The parts of blocks that lie within ascending ranges, and the gaps between them there."""
+    asked = np.array(ranges, np.int64).reshape(-1, 2)
+    low, high = asked[:, 0], asked[:, 1]
+    begin = np.searchsorted(blocks.end, low, "right")
+    counts = np.searchsorted(blocks.first, high, "left") - begin
+    which = np.repeat(np.arange(len(asked)), counts)  # of the ranges, for each piece
+    before = np.cumsum(counts) - counts  # pieces of earlier ranges
+    index = np.arange(len(which)) + np.repeat(begin - before, counts)
+    starts = blocks.first[index]
+    extents = blocks.extents
+    if len(asked) != 1 or len(index) != len(extents):  # else all of them
+        extents = [extents[i] for i in index.tolist()]
+    first = np.maximum(starts, low[which])
+    end = np.minimum(blocks.end[index], high[which])
+    pieces = Pieces(
+        blocks.address[index],
+        first - starts,
+        first,
+        end,
+        extents,
+    )
+    return pieces, _gaps(asked, counts, which, first, end)
+
+
+def _gaps(asked: Longs, counts: Longs, which: Longs, first: Longs, end: Longs) -> list[Range]:
+    """Between a range's begin, its pieces and its end: one possible gap more than pieces."""
+    lefts = np.empty(len(which) + len(asked), np.int64)
+    rights = np.empty_like(lefts)
+    place = np.arange(len(which)) + which
+    order = np.arange(len(asked))
+    rights[place], lefts[place + 1] = first, end
+    lefts[np.cumsum(counts) - counts + order] = asked[:, 0]
+    rights[np.cumsum(counts) + order] = asked[:, 1]
+    empty = np.flatnonzero(lefts < rights)
+    return list(zip(lefts[empty].tolist(), rights[empty].tolist(), strict=True))

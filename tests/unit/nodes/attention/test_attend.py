@@ -1,0 +1,84 @@
+"""Attend over a real node: what it answers is the oracle's, or says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, check, ids, kv, rows
+
+from kvfabric.types import Format, Status
+
+FORM = Format("float32", block_tokens=16, layers=3, kv_heads=2, head_dim=8)
+
+
+@pytest.fixture
+def ask(home: str) -> Iterator[Asker]:
+    with asker(home) as found:
+        yield found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_sequence_is_attended_with_its_open_tail(ask: Asker, dtype: str) -> None:
+    form = Format(dtype, block_tokens=16, layers=3, kv_heads=2, head_dim=8)
+    context = kv(form, 40)
+    with ask.room.sequence(form) as sequence:
+        sequence.append(ids(40), context)
+        span = ask.span_of(form, sequence.id)
+        for layer in range(3):
+            call = Call(form, [Query(span, rows(form, 2), 40, context)], layer)
+            answer = ask.attend(call)
+            check(answer, call)
+            assert list(answer.tokens) == [40]
+            assert answer.read_bytes == 40 * 2 * 2 * 8 * (4 if dtype == "float32" else 2)
+
+
+def test_what_the_rows_do_not_see_is_neither_read_nor_missed(ask: Asker) -> None:
+    context = kv(FORM, 70)
+    with ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(70), context)
+        span = ask.span_of(FORM, sequence.id)
+        query = Query(span, rows(FORM, 3), 70, context, positions=[60, 61, 62])
+        call = Call(FORM, [query], window=20, sinks=4)
+        answer = ask.attend(call)
+        check(answer, call)
+        assert list(answer.tokens) == [4 + 63 - 41]
+
+
+def test_a_chunk_is_causal_and_token_sets_are_kept(ask: Asker) -> None:
+    context = kv(FORM, 70)
+    with ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(70), context)
+        span = ask.span_of(FORM, sequence.id)
+        ranges = [(1, 3), (5, 40), (40, 41), (45, 70)]
+        query = Query(span, rows(FORM, 6), 70, context, range(64, 70), ranges)
+        answer = ask.attend(call := Call(FORM, [query], softcap=3.0, dtype="float32"))
+        check(answer, call)
+        assert list(answer.tokens) == [2 + 36 + 25]
+
+
+def test_shards_are_attended_by_their_keys_and_what_is_missing_is_a_gap(ask: Asker) -> None:
+    context = kv(FORM, 48)
+    with ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(48), context)
+        keys = [place.key for place in sequence.blocks() if place.key]
+        opened = ask.span_of_keys(
+            FORM, keys=[keys[2], keys[0], b"x" * 32], first_tokens=[32, 0, 64]
+        )
+        assert list(opened.statuses) == [Status.OK, Status.OK, Status.MISS]
+        whole = [(0, 16), (32, 48)]
+        queries = [
+            Query(opened.span, rows(FORM, 1, seed=1), 80, context, ranges=whole),
+            Query(opened.span, rows(FORM, 2, seed=2), 100, context),
+            Query(opened.span, rows(FORM, 1, seed=3), 40, context, ranges=[(10, 35)]),
+        ]
+        answer = ask.attend(call := Call(FORM, queries))
+        gaps = [(gap.query, gap.first_token, gap.end_token) for gap in answer.gaps]
+        assert gaps == [(1, 64, 80), (2, 16, 32)]
+        assert list(answer.tokens) == [32, 32, 9]
+        queries[1].ranges, queries[2].ranges = whole, [(10, 16), (32, 35)]
+        answer.ClearField("gaps")
+        check(answer, call)
+        ask.span_of_keys(FORM, span=opened.span, keys=[keys[1]], first_tokens=[16])
+        queries[2].ranges = [(10, 35)]
+        check(ask.attend(call := Call(FORM, queries[2:])), call)
