@@ -112,6 +112,29 @@ class Manager:
         )
         return list(answer.policies)
 
+    def set_replicas(
+        self, namespace: NamespaceId, keys: Sequence[Key], replicas: int, deadline: Deadline
+    ) -> list[Status]:
+        """Counts of their own for these keys, whatever their namespace's policy says; 0: none.
+
+        Per key OK, or MISS where no node holds it now. Safe to repeat.
+        """
+        request = control_pb2.SetReplicasRequest(
+            namespace_id=namespace, keys=keys, replicas=replicas
+        )
+        answer: control_pb2.SetReplicasResponse = self._call(
+            self._stub.SetReplicas, request, deadline
+        )
+        return [Status(status) for status in answer.statuses]
+
+    def replicas(self, deadline: Deadline) -> list[control_pb2.ShardReplicas]:
+        """All shards that have counts of their own."""
+        request = control_pb2.ListReplicasRequest()
+        answer: control_pb2.ListReplicasResponse = self._call(
+            self._stub.ListReplicas, request, deadline
+        )
+        return list(answer.counts)
+
     def pin(
         self,
         namespace: NamespaceId,

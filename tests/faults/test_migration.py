@@ -366,6 +366,30 @@ def test_policies_and_pins_outlive_the_manager(
     until(lambda: not any(node.stats().pins for node in nodes), "none is pinned")
 
 
+def test_a_shard_s_own_count_is_kept_up_when_a_holder_is_killed(
+    nodes: list[NodeProcess], control: Manager, kvfabric: Run
+) -> None:
+    keys = [key_of(number) for number in range(4)]
+    put(nodes[0], keys)
+    until(lambda: homes(control, keys) == ["n0"] * 4, "the manager knows")
+
+    status, lines, _ = kvfabric("replicas", keys[1].hex(), "--namespace", space(), "--count", "2")
+    assert (status, lines[-1]) == (0, {"keys": 1, "held": 1, "replicas": 2})
+
+    def holders(key: Key) -> set[str]:
+        return set(control.places(ROOM, [key], soon())[0])
+
+    until(lambda: len(holders(keys[1])) == 2, "it has a second replica", timeout_s=40.0)
+    assert holders(keys[0]) == {"n0"}
+    (second,) = holders(keys[1]) - {"n0"}
+    next(node for node in nodes if node.name == second).kill()
+    (third,) = {node.name for node in nodes} - {"n0", second}
+    until(lambda: holders(keys[1]) == {"n0", third}, "the third node has it", timeout_s=40.0)
+    status, (told,), _ = kvfabric("explain", keys[1].hex())
+    assert (status, told["nodes"], told["replicas"]) == (0, ["n0", third], [2])
+    assert "2 are wanted" in [event["why"] for event in told["events"]]
+
+
 def test_a_drain_outlives_the_manager(
     tmp_path: Path,
     processes: list[Process],

@@ -51,6 +51,7 @@ def explain(
     prefix = hex_bytes(key, "KEY")
     events: list[types_pb2.Event] = []
     places: list[str] = []
+    wanted: list[int] = []
     silent: list[str] = []
     with Client(tenant=tenant, timeout_s=CALL_DEADLINE_S) as fabric:
         addresses = _nodes(fabric, silent)
@@ -58,6 +59,7 @@ def explain(
             answer = fabric.manager().explain(b"", prefix, Deadline.after(CALL_DEADLINE_S))
             events.extend(answer.events)
             places = [node for place in answer.places for node in place.nodes]
+            wanted = sorted(set(answer.replicas))
         except FabricError as error:
             silent.append(str(error))
         for address in addresses:
@@ -71,6 +73,7 @@ def explain(
             {
                 "key": key,
                 "nodes": sorted(set(places)),
+                "replicas": wanted,
                 "events": [
                     {"age_s": e.age_ms / 1000, "node": e.node, "what": e.what, "why": e.why}
                     for e in events
@@ -87,9 +90,16 @@ def explain(
         return
     rows = table("ago", "node", "what", "why", right=("ago",))
     for event in events:
-        rows.add_row(duration(event.age_ms / 1000), event.node, event.what, event.why)
+        rows.add_row(duration(event.age_ms / 1000), event.node or "gManager", event.what, event.why)
     out.print(rows)
-    out.print(f"held by {', '.join(sorted(set(places)))}" if places else "held by no node now")
+    out.print(_held(sorted(set(places)), wanted))
+
+
+def _held(nodes: list[str], wanted: list[int]) -> str:
+    if not nodes:
+        return "held by no node now"
+    counts = f"; replicas wanted: {', '.join(map(str, wanted))}" if wanted else ""
+    return f"held by {', '.join(nodes)}{counts}"
 
 
 def purge(

@@ -185,7 +185,7 @@ class ManagerCore:
     def explain(self, namespace: NamespaceId | None, prefix: bytes, now_s: float) -> Explanation:
         """What is known of keys that start with `prefix`, in `namespace` or (None) in any.
 
-        The places are those of the first MAX_EXPLAINED_KEYS keys found.
+        Places and counts are those of the first MAX_EXPLAINED_KEYS keys found.
         """
         found = self._directory.find(prefix, namespace, MAX_EXPLAINED_KEYS)
         nodes = {replica.node for _, _, place in found for replica in place}
@@ -193,7 +193,8 @@ class ManagerCore:
             Explained(now_s - event.at_s, event.node, event.what, event.why)
             for event in self.cluster.journal.explain(namespace, prefix, nodes)
         )
-        return Explanation(events, tuple(place for _, _, place in found))
+        wanted = tuple(self.moving.rules.replicas(room, key) for room, key, _ in found)
+        return Explanation(events, tuple(place for _, _, place in found), wanted)
 
     def check(self) -> None:
         """Broken unless all books agree. Reads every key."""

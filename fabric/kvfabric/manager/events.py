@@ -116,7 +116,8 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Events, oldest first, and where keys with the asked first bytes lie now."""
+    """Events, oldest first, and of each key with the asked first bytes where it lies now."""
 
     events: tuple[Explained, ...]
     places: tuple[Place, ...]
+    replicas: tuple[int, ...]  # that rules want of it

@@ -13,6 +13,7 @@ from kvfabric.manager.events import Answer, Delta, Explanation, Heartbeat, Regis
 from kvfabric.manager.parts import Cluster
 from kvfabric.manager.planning import Planned
 from kvfabric.membership import Member, NodeState
+from kvfabric.moves.keyed import Keyed
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import DIGEST_BYTES, PROTOCOL_VERSION, Key, NamespaceId, NodeId, Tier
 
@@ -178,14 +179,31 @@ def plan(found: Planned, now_s: float) -> control_pb2.Plan:
 
 
 def explanation(found: Explanation) -> control_pb2.ControlServiceExplainResponse:
-    """Events, oldest first, and places."""
+    """Events, oldest first, and of each key its places and count."""
     events = [
         types_pb2.Event(
             age_ms=max(0, int(event.age_s * 1000)), node=event.node, what=event.what, why=event.why
         )
         for event in found.events
     ]
-    return control_pb2.ControlServiceExplainResponse(events=events, places=places(found.places))
+    return control_pb2.ControlServiceExplainResponse(
+        events=events, places=places(found.places), replicas=found.replicas
+    )
+
+
+def shard_replicas(counts: Keyed[int]) -> control_pb2.ListReplicasResponse:
+    """Counts of single shards, by namespace and count."""
+    found: dict[tuple[NamespaceId, int], list[Key]] = {}
+    for namespace, key, replicas in counts:
+        found.setdefault((namespace, replicas), []).append(key)
+    return control_pb2.ListReplicasResponse(
+        counts=[
+            control_pb2.ShardReplicas(
+                namespace_id=namespace, replicas=replicas, keys=b"".join(sorted(keys))
+            )
+            for (namespace, replicas), keys in sorted(found.items())
+        ]
+    )
 
 
 def _loans(request: control_pb2.HeartbeatRequest) -> control_pb2.Loans | None:

@@ -1,39 +1,24 @@
-"""Migrate, Drain, policies and pins of ControlService.
-
-A rule is durable before it takes effect. While the store is away, changes are answered with
-UNAVAILABLE; what is only read, and moves, go on.
-"""
+"""Migrate and Drain of ControlService: a drain is a rule, a move is not."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 from kvfabric.errors import Refused, Retry
 from kvfabric.manager import messages
-from kvfabric.manager.calls import Calls, log, translated
-from kvfabric.manager.rules_store import RulesStore
+from kvfabric.manager.calls import log, translated
+from kvfabric.manager.rules_calls import RulesCalls
 from kvfabric.moves import policies
 from kvfabric.moves.migrating import Wish
 from kvfabric.moves.migration import Kind
-from kvfabric.moves.policies import Policy
-from kvfabric.rpc.v1 import control_pb2, types_pb2
-from kvfabric.types import Key, NamespaceId, NodeId, Status
+from kvfabric.rpc.v1 import control_pb2
+from kvfabric.types import NodeId
 
 _PRIORITIES = frozenset({0, *(value.number for value in control_pb2.Priority.DESCRIPTOR.values)})
 
 
-class MovingCalls(Calls):
+class MovingCalls(RulesCalls):
     """See the module."""
-
-    def load_rules(self) -> None:
-        """To be called once, before anything is served."""
-        self._changes = threading.Lock()  # one change of the rules at a time; never within `_lock`
-        self._rules_store = RulesStore(self._store)
-        rules = self._core.moving.rules
-        self._rules_store.load(rules)
-        self._core.cluster.draining.update(rules.drains)
 
     # Moves
 
@@ -151,93 +136,4 @@ class MovingCalls(Calls):
             value("kvfabric_manager_copied_shards_total", kind).value = moving.mover.copied[kind]
             value("kvfabric_manager_dropped_shards_total", kind).value = moving.mover.dropped[kind]
         value("kvfabric_manager_draining_nodes").value = len(moving.rules.drains)
-        value("kvfabric_manager_pins").value = moving.rules.pin_count
-
-    # Policies
-
-    def SetPolicy(  # noqa: N802
-        self, request: control_pb2.SetPolicyRequest, context: Any
-    ) -> control_pb2.SetPolicyResponse:
-        with translated(context):
-            raw = request.policy.namespace_id
-            namespace = messages.namespace_id(raw) if raw else None
-            policy = Policy(request.policy.replicas, request.policy.hot_replicas)
-            policies.check_policy(policy)
-            with self._changes:
-                if request.remove:
-                    self._rules_store.remove_policy(namespace)
-                else:
-                    self._check_policies(namespace)
-                    self._rules_store.set_policy(namespace, policy)
-                with self._lock:
-                    moving = self._core.moving
-                    if request.remove:
-                        moving.rules.remove_policy(namespace)
-                    else:
-                        moving.rules.set_policy(namespace, policy)
-                    moving.replicas.alarm(self._clock.now())
-            return control_pb2.SetPolicyResponse()
-
-    def _check_policies(self, namespace: NamespaceId | None) -> None:
-        with self._lock:
-            known = [each for each, _ in self._core.moving.rules.policies()]
-        if namespace not in known and len(known) >= policies.MAX_POLICIES:
-            raise Refused(f"{len(known)} policies are set already; remove one first")
-
-    def ListPolicies(  # noqa: N802
-        self, request: control_pb2.ListPoliciesRequest, context: Any
-    ) -> control_pb2.ListPoliciesResponse:
-        with translated(context), self._lock:
-            return control_pb2.ListPoliciesResponse(
-                policies=[
-                    control_pb2.Policy(
-                        namespace_id=namespace or b"",
-                        replicas=policy.replicas,
-                        hot_replicas=policy.hot_replicas,
-                    )
-                    for namespace, policy in self._core.moving.rules.policies()
-                ]
-            )
-
-    # Pins
-
-    def PinKeys(  # noqa: N802
-        self, request: control_pb2.PinKeysRequest, context: Any
-    ) -> control_pb2.PinKeysResponse:
-        with translated(context):
-            namespace = messages.namespace_id(request.namespace_id)
-            asked = messages.keys(request.keys)
-            keys = list(dict.fromkeys(asked))
-            with self._changes:
-                if request.unpin:
-                    self._rules_store.unpin(namespace, keys)
-                else:
-                    self._check_pins(namespace, keys)
-                    self._rules_store.pin(namespace, keys)
-                with self._lock:
-                    self._apply_pins(namespace, keys, unpin=request.unpin)
-                    located = self._core.locate(namespace, asked, prefix=False)
-            held = [
-                Status.OK if at < len(located.places) else Status.MISS for at in located.indices
-            ]
-            statuses: list[types_pb2.Status.ValueType] = [status.value for status in held]
-            return control_pb2.PinKeysResponse(statuses=statuses)
-
-    def _check_pins(self, namespace: NamespaceId, keys: Sequence[Key]) -> None:
-        with self._lock:
-            rules = self._core.moving.rules
-            new = sum(not rules.pinned(namespace, key) for key in keys)
-            if rules.pin_count + new > policies.MAX_PINS:
-                raise Refused(
-                    f"{rules.pin_count} keys are pinned already, the limit is "
-                    f"{policies.MAX_PINS}; unpin some first"
-                )
-
-    def _apply_pins(self, namespace: NamespaceId, keys: Sequence[Key], *, unpin: bool) -> None:
-        moving, now_s = self._core.moving, self._clock.now()
-        if unpin:
-            moving.rules.unpin(namespace, keys)
-            moving.pinning.release(namespace, keys, now_s)
-        else:
-            moving.rules.pin(namespace, keys)
-            moving.pinning.pin(namespace, keys, now_s)
+        value("kvfabric_manager_pins").value = len(moving.rules.pins)

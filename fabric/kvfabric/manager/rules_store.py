@@ -21,7 +21,7 @@ class RulesStore:
 
     def load(self, rules: Rules) -> None:
         """Everything into empty rules. Broken for an entry that is none."""
-        for prefix in (policies.POLICY_PREFIX, policies.PIN_PREFIX, policies.DRAIN_PREFIX):
+        for prefix in policies.PREFIXES:
             for entry in self._store.scan(prefix):
                 policies.load(rules, entry.key, entry.value)
 
@@ -30,6 +30,14 @@ class RulesStore:
 
     def remove_policy(self, namespace: NamespaceId | None) -> None:
         self._store.delete(policies.policy_key(namespace))
+
+    def set_replicas(self, namespace: NamespaceId, keys: Iterable[Key], replicas: int) -> None:
+        """0: they have no count of their own any more."""
+        for key in keys:
+            if replicas:
+                self._store.put(*policies.count_entry(namespace, key, replicas))
+            else:
+                self._store.delete(policies.count_key(namespace, key))
 
     def pin(self, namespace: NamespaceId, keys: Iterable[Key]) -> None:
         for key in keys:

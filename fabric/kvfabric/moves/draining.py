@@ -221,7 +221,9 @@ class Draining:
             some = BATCH_KEYS * MAX_WAITING
             if lot.keys[some:]:
                 emptying.lots.appendleft(lot._replace(keys=lot.keys[some:]))
-            self._take(emptying, lot._replace(keys=lot.keys[:some]), now_s)
+            alike = self._rules.by_replicas(lot.namespace, lot.keys[:some])
+            for replicas, keys in alike.items():
+                self._take(emptying, lot._replace(keys=keys), replicas, now_s)
 
     def _find(self, emptying: _Emptying, now_s: float) -> None:
         if emptying.cursor is None and now_s < emptying.round_s:
@@ -233,9 +235,9 @@ class Draining:
         if emptying.cursor is None:
             emptying.round_s = now_s + ROUND_S
 
-    def _take(self, emptying: _Emptying, lot: Lot, now_s: float) -> None:
+    def _take(self, emptying: _Emptying, lot: Lot, replicas: int, now_s: float) -> None:
         """What has replicas enough elsewhere only goes; the rest is copied first."""
-        needed = min(self._rules.replicas(lot.namespace), len(sight.takers(self._cluster)))
+        needed = min(replicas, len(sight.takers(self._cluster)))
         keepers = sight.keepers(self._cluster, lot.place, but=emptying.node)
         if len(keepers) >= max(1, needed):
             self._mover.add_drop(emptying.move, lot.namespace, lot.keys, emptying.node, now_s)
@@ -253,7 +255,7 @@ class Draining:
     def _dear(self, namespace: NamespaceId, key: Key, now_s: float) -> bool:
         """Whether colder cache elsewhere should go for it, where there is no room."""
         return (
-            self._rules.replicas(namespace) > 1
+            self._rules.replicas(namespace, key) > 1
             or self._rules.pinned(namespace, key)
             or self._heat.rate(namespace, key, now_s) > 0
         )

@@ -47,8 +47,8 @@ class Kind(enum.StrEnum):
 
     MIGRATE = "migrate"  # somebody asked
     DRAIN = "drain"  # a node is emptied
-    REPAIR = "repair"  # a namespace has fewer replicas than it should
-    SPREAD = "spread"  # hot shards get further replicas
+    REPAIR = "repair"  # shards have fewer replicas than they should
+    SPREAD = "spread"  # hot shards get further replicas, which go again
     FILL = "fill"  # a node that joined takes from full ones
 
 

@@ -64,7 +64,7 @@ class Pinning:
 
     def added(self, namespace: NamespaceId, keys: bytes, now_s: float) -> None:
         """Replicas of these keys (32 bytes each) have come somewhere."""
-        if not self._rules.pinned_in(namespace):
+        if not self._rules.pins.any_in(namespace):
             return
         each = [Key(keys[at : at + DIGEST_BYTES]) for at in range(0, len(keys), DIGEST_BYTES)]
         mine = [(namespace, key) for key in each if self._rules.pinned(namespace, key)]
@@ -76,7 +76,8 @@ class Pinning:
             for subject in [each for each, end_s in self._released.items() if end_s <= now_s]:
                 del self._released[subject]
                 self._told.pop(subject, None)
-            self._round = [*self._rules.pins(), *self._released]
+            pinned = [(namespace, key) for namespace, key, _ in self._rules.pins]
+            self._round = [*pinned, *self._released]
         part, self._round = self._round[:SLICE_KEYS], self._round[SLICE_KEYS:]
         self._look(part, now_s)
 

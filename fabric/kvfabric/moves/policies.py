@@ -1,4 +1,4 @@
-"""The rules that operators set: replica counts per namespace, pins, and nodes to be emptied.
+"""The rules that operators set: replica counts, pins, and nodes to be emptied.
 
 They are durable, and everything else follows them. This is what they are and how they are
 written in the MetadataStore; the store itself is read and written by the manager's shell.
@@ -6,19 +6,23 @@ written in the MetadataStore; the store itself is read and written by the manage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from kvfabric.errors import Broken, Refused
+from kvfabric.moves.keyed import Keyed
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId, NodeId
 
-POLICY_PREFIX, PIN_PREFIX, DRAIN_PREFIX = "policy/", "pin/", "drain/"
+POLICY_PREFIX, COUNT_PREFIX = "policy/", "replicas/"
+PIN_PREFIX, DRAIN_PREFIX = "pin/", "drain/"
+PREFIXES = (POLICY_PREFIX, COUNT_PREFIX, PIN_PREFIX, DRAIN_PREFIX)
 DEFAULT = "default"  # in the place of a namespace
 MAX_POLICIES = 1024
 MAX_PINS = 65_536
+MAX_COUNTS = 32_768  # as many are listed by one message
 MAX_REPLICAS = 16
 
 
@@ -43,19 +47,28 @@ class Rules:
 
     def __init__(self) -> None:
         self._policies: dict[NamespaceId | None, Policy] = {}
-        self._pins: dict[NamespaceId, dict[Key, None]] = {}
-        self.pin_count = 0
+        self.counts: Keyed[int] = Keyed(MAX_COUNTS, "have counts of their own", "take some back")
+        self.pins: Keyed[bool] = Keyed(MAX_PINS, "are pinned", "unpin some first")
         self.drains: dict[NodeId, Drain] = {}
 
-    # Replicas
-
-    def replicas(self, namespace: NamespaceId) -> int:
-        """How many a shard should have, at least 1."""
+    def replicas(self, namespace: NamespaceId, key: Key | None = None) -> int:
+        """How many a shard should have, at least 1; None: one without a count of its own."""
+        if key is not None and (count := self.counts.get(namespace, key)):
+            return count
         own = self._policies.get(namespace)
         if own and own.replicas:
             return own.replicas
         default = self._policies.get(None)
         return max(1, default.replicas if default else 1)
+
+    def by_replicas(self, namespace: NamespaceId, keys: list[Key]) -> dict[int, list[Key]]:
+        """The keys, by how many replicas they should have."""
+        if not self.counts.any_in(namespace):
+            return {self.replicas(namespace): keys}
+        found: dict[int, list[Key]] = {}
+        for key in keys:
+            found.setdefault(self.replicas(namespace, key), []).append(key)
+        return found
 
     def hot_replicas(self, namespace: NamespaceId) -> int:
         """How many more it may have while it is read much. A namespace's own policy rules."""
@@ -86,46 +99,13 @@ class Rules:
         """Every policy, the default first."""
         yield from sorted(self._policies.items(), key=lambda item: item[0] or b"")
 
-    # Pins
-
-    def pin(self, namespace: NamespaceId, keys: Iterable[Key]) -> None:
-        """Refused, and nothing is pinned, where there would be too many."""
-        pinned = self._pins.get(namespace, {})
-        new = [key for key in dict.fromkeys(keys) if key not in pinned]
-        if self.pin_count + len(new) > MAX_PINS:
-            raise Refused(
-                f"{self.pin_count} keys are pinned already, the limit is {MAX_PINS}; "
-                "unpin some first"
-            )
-        if new:
-            self._pins.setdefault(namespace, {}).update(dict.fromkeys(new))
-            self.pin_count += len(new)
-
-    def unpin(self, namespace: NamespaceId, keys: Iterable[Key]) -> list[Key]:
-        """Returns those that were pinned."""
-        pinned = self._pins.get(namespace, {})
-        gone = [key for key in dict.fromkeys(keys) if key in pinned]
-        for key in gone:
-            del pinned[key]
-        self.pin_count -= len(gone)
-        if gone and not pinned:
-            del self._pins[namespace]
-        return gone
-
     def pinned(self, namespace: NamespaceId, key: Key) -> bool:
-        return key in self._pins.get(namespace, ())
-
-    def pinned_in(self, namespace: NamespaceId) -> bool:
-        """Whether any key of the namespace is."""
-        return namespace in self._pins
-
-    def pins(self) -> list[tuple[NamespaceId, Key]]:
-        return [(namespace, key) for namespace, keys in self._pins.items() for key in keys]
+        return (namespace, key) in self.pins
 
     def check(self) -> None:
         """Broken unless counts and limits are right."""
-        if self.pin_count != len(self.pins()) or self.pin_count > MAX_PINS:
-            raise Broken(f"{self.pin_count} pins are counted, {len(self.pins())} are there: a bug")
+        self.counts.check()
+        self.pins.check()
 
 
 def check_policy(policy: Policy) -> None:
@@ -135,6 +115,12 @@ def check_policy(policy: Policy) -> None:
             f"{policy.replicas} replicas and {policy.hot_replicas} hot ones cannot be kept; "
             f"take at most {MAX_REPLICAS} of each"
         )
+
+
+def check_count(replicas: int) -> None:
+    """Refused unless a shard may have so many."""
+    if not 1 <= replicas <= MAX_REPLICAS:
+        raise Refused(f"a shard has 1 to {MAX_REPLICAS} replicas, not {replicas}")
 
 
 # As entries of the store
@@ -147,6 +133,14 @@ def policy_entry(namespace: NamespaceId | None, policy: Policy) -> tuple[str, by
 
 def policy_key(namespace: NamespaceId | None) -> str:
     return POLICY_PREFIX + (namespace.hex() if namespace else DEFAULT)
+
+
+def count_entry(namespace: NamespaceId, key: Key, replicas: int) -> tuple[str, bytes]:
+    return count_key(namespace, key), str(replicas).encode()
+
+
+def count_key(namespace: NamespaceId, key: Key) -> str:
+    return f"{COUNT_PREFIX}{namespace.hex()}/{key.hex()}"
 
 
 def pin_key(namespace: NamespaceId, key: Key) -> str:
@@ -167,19 +161,29 @@ def load(rules: Rules, key: str, value: bytes) -> None:
         if key.startswith(POLICY_PREFIX):
             name = key.removeprefix(POLICY_PREFIX)
             told = control_pb2.Policy.FromString(value)
-            namespace = None if name == DEFAULT else NamespaceId(_digest(name))
-            rules.set_policy(namespace, Policy(told.replicas, told.hot_replicas))
+            room = None if name == DEFAULT else NamespaceId(_digest(name))
+            rules.set_policy(room, Policy(told.replicas, told.hot_replicas))
         elif key.startswith(PIN_PREFIX):
-            room, _, name = key.removeprefix(PIN_PREFIX).partition("/")
-            rules.pin(NamespaceId(_digest(room)), [Key(_digest(name))])
+            namespace, shard = _subject(key.removeprefix(PIN_PREFIX))
+            rules.pins.say(namespace, [shard], said=True)
+        elif key.startswith(COUNT_PREFIX):
+            namespace, shard = _subject(key.removeprefix(COUNT_PREFIX))
+            replicas = int(value)
+            check_count(replicas)
+            rules.counts.say(namespace, [shard], replicas)
         elif key.startswith(DRAIN_PREFIX):
             incarnation, bytes_per_s = (int(number) for number in value.split())
             rules.drains[NodeId(key.removeprefix(DRAIN_PREFIX))] = Drain(incarnation, bytes_per_s)
     except (ValueError, DecodeError, Refused) as error:
         raise Broken(
-            f"the store's {key[:80]!r} is {value[:40]!r}, which is no rule ({error}); delete "
+            f"the store's {key!r} is {value[:40]!r}, which is no rule ({error}); delete "
             "it, or restore the store"
         ) from error
+
+
+def _subject(text: str) -> tuple[NamespaceId, Key]:
+    room, _, name = text.partition("/")
+    return NamespaceId(_digest(room)), Key(_digest(name))
 
 
 def _digest(text: str) -> bytes:

@@ -5,17 +5,24 @@ The manager's own `Cluster` is one; tests make small ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Collection, Iterable
+from typing import NamedTuple, Protocol
 
 from kvfabric.directory import Directory, Place
 from kvfabric.lending import placement
 from kvfabric.membership import Member, Membership, NodeState
 from kvfabric.rpc.v1 import control_pb2
-from kvfabric.types import NamespaceId, NodeId
+from kvfabric.types import Key, NamespaceId, NodeId
 
 FULL = 0.85  # a node that is fuller than this evicts soon: nothing is sent there unasked
 DEFAULT_SHARD_BYTES = 1024 * 1024  # where a node says nothing of its shards
+
+
+class Subject(NamedTuple):
+    """A key, and where it means something."""
+
+    namespace: NamespaceId
+    key: Key
 
 
 class Withdrawing(Protocol):
@@ -85,6 +92,21 @@ def keepers(cluster: Cluster, place: Place, *, but: NodeId | None = None) -> set
     """The nodes of a place on which a copy counts: alive, believed, and not being emptied."""
     nodes = {replica.node for replica in place}
     return {node for node in nodes if node != but and takes(cluster, node)}
+
+
+def places(cluster: Cluster, namespace: NamespaceId, keys: list[Key]) -> dict[Place, list[Key]]:
+    """The keys, by where they lie; those that are nowhere lie at ()."""
+    located = cluster.directory.locate(namespace, keys, prefix=False)
+    everywhere = [*located.places, ()]
+    found: dict[Place, list[Key]] = {}
+    for key, index in zip(keys, located.indices, strict=True):
+        found.setdefault(everywhere[index], []).append(key)
+    return found
+
+
+def one_of(holders: Collection[NodeId], key: Key) -> NodeId:
+    """One of the holders, another one for other keys."""
+    return sorted(holders)[key[0] % len(holders)]
 
 
 def zones(cluster: Cluster, nodes: Iterable[NodeId]) -> int:

@@ -1,4 +1,4 @@
-"""migrate, drain, moves, policy and pin: what they ask, how they wait, and how they exit."""
+"""Moves, drains and rules: what the commands ask, how they wait, and how they exit."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ def move(state: str, **fields: Any) -> control_pb2.Move:
         (("policy", "--replicas", "0"), "--replicas"),
         (("policy", "--namespace", "00"), "--namespace"),
         (("pin", KEY), "--namespace"),
+        (("replicas", KEY, "--count", "2"), "--namespace"),
+        (("replicas", KEY, "--namespace", SPACE), "--count"),
+        (("replicas", "--count", "2"), "--count"),
+        (("replicas", KEY, "--namespace", SPACE, "--count", "17"), "--count"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_asked(
@@ -116,6 +120,24 @@ def test_policies_are_set_shown_and_removed(manager: ManagerServer) -> None:
 
     assert "all others" not in out
     assert ROOM.hex()[:32] in out
+
+
+def test_counts_of_single_shards_are_set_shown_and_taken_back(manager: ManagerServer) -> None:
+    assert "no shard has a count of its own" in run("replicas")[1]
+    status, out, _ = run("replicas", KEY, "--namespace", SPACE, "--count", "3", "--json")
+    assert (status, json.loads(out)) == (0, {"keys": 1, "held": 0, "replicas": 3})
+    run("replicas", KEY, "22" * 32, "--namespace", SPACE, "--count", "2")
+    told = {"namespace_id": ROOM.hex(), "replicas": 2}
+    assert json.loads(run("replicas", "--json")[1]) == [
+        {**told, "key": KEY},
+        {**told, "key": "22" * 32},
+    ]
+    out = run("replicas", "22" * 32, "--namespace", SPACE, "--remove")[1]
+    assert "the policy rules again of 1 keys" in out.replace("\n", " ")
+    out = run("replicas")[1]
+
+    assert KEY[:32] in out
+    assert "22" * 16 not in out
 
 
 def test_keys_are_pinned_and_unpinned_whether_they_are_there_or_not(

@@ -165,8 +165,10 @@ class SmallFabric:
         rules = self.core.moving.rules
         for namespace, policy in old.policies():
             rules.set_policy(namespace, policy)
-        for namespace, pinned in old.pins():
-            rules.pin(namespace, [pinned])
+        for namespace, pinned, _ in old.pins:
+            rules.pins.say(namespace, [pinned], said=True)
+        for namespace, counted, replicas in old.counts:
+            rules.counts.say(namespace, [counted], replicas)
         rules.drains.update(old.drains)
         for node in self.nodes.values():
             node.want_register = True
@@ -234,12 +236,16 @@ class SmallFabric:
         self.core.moving.rules.set_policy(room, Policy(replicas, hot_replicas))
         self.core.moving.replicas.alarm(self.now_s)
 
+    def set_replicas(self, numbers: Iterable[int], replicas: int) -> None:
+        """Counts of their own for single shards; 0: none."""
+        self.core.moving.set_replicas(ROOM, keys(numbers), replicas, self.now_s)
+
     def pin(self, numbers: Iterable[int]) -> None:
-        self.core.moving.rules.pin(ROOM, keys(numbers))
+        self.core.moving.rules.pins.say(ROOM, keys(numbers), said=True)
         self.core.moving.pinning.pin(ROOM, keys(numbers), self.now_s)
 
     def unpin(self, numbers: Iterable[int]) -> None:
-        self.core.moving.rules.unpin(ROOM, keys(numbers))
+        self.core.moving.rules.pins.forget(ROOM, keys(numbers))
         self.core.moving.pinning.release(ROOM, keys(numbers), self.now_s)
 
     def moves(self, kind: str = "") -> list[Move]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -115,44 +114,67 @@ def test_a_policy_that_cannot_be_kept_is_refused(policy: Policy) -> None:
         Rules().set_policy(ROOM, policy)
 
 
-def test_pins_and_policies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_s_own_count_rules_over_its_namespace() -> None:
+    rules = Rules()
+    rules.set_policy(ROOM, Policy(2))
+    assert rules.by_replicas(ROOM, keys([1, 2, 3])) == {2: keys([1, 2, 3])}
+    rules.counts.say(ROOM, keys([1, 2]), 3)
+    rules.counts.say(ROOM, keys([2]), 1)
+    assert [rules.replicas(ROOM, each) for each in keys([1, 2, 3])] == [3, 1, 2]
+    assert rules.replicas(ROOM) == 2
+    assert rules.replicas(OTHER, key(1)) == 1
+    assert rules.by_replicas(ROOM, keys([1, 2, 3])) == {3: [key(1)], 1: [key(2)], 2: [key(3)]}
+    rules.counts.forget(ROOM, keys([1, 2, 9]))
+    assert rules.replicas(ROOM, key(1)) == 2
+    assert not rules.counts.any_in(ROOM)
+    rules.check()
+
+
+def test_rules_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "MAX_PINS", 3)
+    monkeypatch.setattr(policies, "MAX_COUNTS", 1)
     monkeypatch.setattr(policies, "MAX_POLICIES", 1)
     rules = Rules()
-    rules.pin(ROOM, keys([1, 2]))
-    rules.pin(ROOM, keys([2, 1]))
-    with pytest.raises(Refused, match="limit is 3"):
-        rules.pin(OTHER, keys([1, 2]))
-    assert rules.pins() == [(ROOM, key(1)), (ROOM, key(2))]
-    assert rules.unpin(ROOM, keys([1, 1, 9])) == [key(1)]
-    rules.pin(OTHER, keys([1, 2]))
+    rules.pins.say(ROOM, keys([1, 2]), said=True)
+    rules.pins.say(ROOM, keys([2, 1]), said=True)
+    with pytest.raises(Refused, match="2 keys are pinned already, the limit is 3; unpin some"):
+        rules.pins.say(OTHER, keys([1, 2]), said=True)
+    assert list(rules.pins) == [(ROOM, key(1), True), (ROOM, key(2), True)]
+    rules.pins.forget(ROOM, keys([1, 1, 9]))
+    rules.pins.say(OTHER, keys([1, 2]), said=True)
+    rules.counts.say(ROOM, keys([1]), 2)
+    rules.counts.say(ROOM, keys([1, 1]), 3)
+    with pytest.raises(Refused, match="1 keys have counts of their own already, the limit is 1"):
+        rules.counts.say(ROOM, keys([2]), 2)
     rules.set_policy(ROOM, Policy(2))
     with pytest.raises(Refused, match="1 policies are set already"):
         rules.set_policy(OTHER, Policy(2))
     rules.check()
 
 
-@given(namespaces, st.integers(0, 16), st.integers(0, 16), digests, digests, st.integers(1, 9))
+@given(namespaces, st.integers(0, 16), st.integers(0, 16), digests, digests, st.integers(1, 16))
 def test_what_is_written_is_read_back(
     namespace: NamespaceId | None,
     replicas: int,
     hot: int,
     room: bytes,
-    pinned: bytes,
-    incarnation: int,
+    shard: bytes,
+    number: int,
 ) -> None:
     rules = Rules()
-    pin = policies.pin_key(NamespaceId(room), Key(pinned))
-    drain = Drain(incarnation, 1000)
+    subject = (NamespaceId(room), Key(shard))
+    drain = Drain(number, 1000)
     for name, value in (
         policies.policy_entry(namespace, Policy(replicas, hot)),
-        (pin, b""),
+        (policies.pin_key(*subject), b""),
+        policies.count_entry(*subject, number),
         policies.drain_entry(A, drain),
     ):
         policies.load(rules, name, value)
 
     assert list(rules.policies()) == [(namespace, Policy(replicas, hot))]
-    assert rules.pins() == [(room, pinned)]
+    assert list(rules.pins) == [(*subject, True)]
+    assert list(rules.counts) == [(*subject, number)]
     assert rules.drains == {A: drain}
 
 
@@ -164,6 +186,9 @@ def test_what_is_written_is_read_back(
         ("policy/default", b"\xff\xff"),
         ("policy/default", control_pb2.Policy(replicas=99).SerializeToString()),
         ("pin/00/00", b""),
+        ("replicas/00/00", b"2"),
+        (f"replicas/{'00' * 32}/{'00' * 32}", b"two"),
+        (f"replicas/{'00' * 32}/{'00' * 32}", b"17"),
         ("drain/a", b"soon"),
         ("drain/a", b""),
     ],
@@ -263,15 +288,20 @@ def test_rules_are_there_again_after_a_restart(control: ControlService, store: F
     assert list(control.PinKeys(pins, Context()).statuses) == [1, 1, 3]
     unpin = control_pb2.PinKeysRequest(namespace_id=ROOM, keys=keys([2]), unpin=True)
     control.PinKeys(unpin, Context())
+    counts = control_pb2.SetReplicasRequest(namespace_id=ROOM, keys=keys([1, 9, 2]), replicas=4)
+    assert list(control.SetReplicas(counts, Context()).statuses) == [1, 3, 1]
+    back = control_pb2.SetReplicasRequest(namespace_id=ROOM, keys=keys([2]))
+    assert list(control.SetReplicas(back, Context()).statuses) == [1]
     control.Drain(control_pb2.DrainRequest(node="a", bytes_per_s=5), Context())
 
     again = service(store)
 
     listed = again.ListPolicies(control_pb2.ListPoliciesRequest(), Context()).policies
     assert list(listed) == [default, policy]
-    assert again._core.moving.rules.pins() in (
-        [(ROOM, key(1)), (ROOM, key(9))],
-        [(ROOM, key(9)), (ROOM, key(1))],
+    assert {each for _, each, _ in again._core.moving.rules.pins} == {key(1), key(9)}
+    (told,) = again.ListReplicas(control_pb2.ListReplicasRequest(), Context()).counts
+    assert told == control_pb2.ShardReplicas(
+        namespace_id=ROOM, replicas=4, keys=b"".join(sorted(keys([1, 9])))
     )
     assert again._core.moving.rules.drains == {A: Drain(1, 5)}
     again.tick()
@@ -305,6 +335,10 @@ def test_while_the_store_is_away_nothing_changes_and_reads_go_on(
         (control.SetPolicy, control_pb2.SetPolicyRequest(policy=control_pb2.Policy(replicas=5))),
         (control.SetPolicy, control_pb2.SetPolicyRequest(policy=policy, remove=True)),
         (control.PinKeys, control_pb2.PinKeysRequest(namespace_id=ROOM, keys=keys([1]))),
+        (
+            control.SetReplicas,
+            control_pb2.SetReplicasRequest(namespace_id=ROOM, keys=keys([1]), replicas=2),
+        ),
         (control.Drain, control_pb2.DrainRequest(node="a")),
     )
     for call, request in changes:
@@ -313,7 +347,8 @@ def test_while_the_store_is_away_nothing_changes_and_reads_go_on(
     listed = control.ListPolicies(control_pb2.ListPoliciesRequest(), Context()).policies
 
     assert list(listed) == [policy]
-    assert not control._core.moving.rules.pins()
+    assert not control._core.moving.rules.pins
+    assert not control._core.moving.rules.counts
     assert not control._core.cluster.draining
     store.away = False
     control.Drain(control_pb2.DrainRequest(node="a"), Context())
@@ -382,6 +417,12 @@ def test_moves_are_begun_listed_and_called_off(control: ControlService) -> None:
             "at most 16",
         ),
         ("PinKeys", control_pb2.PinKeysRequest(keys=[bytes(32)]), "namespace id is 32 bytes"),
+        ("SetReplicas", control_pb2.SetReplicasRequest(), "namespace id is 32 bytes"),
+        (
+            "SetReplicas",
+            control_pb2.SetReplicasRequest(namespace_id=ROOM, keys=[bytes(32)], replicas=17),
+            "1 to 16 replicas, not 17",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -391,24 +432,3 @@ def test_what_cannot_be_meant_is_refused(
 
     with pytest.raises(Aborted, match=f"INVALID_ARGUMENT: .*{why}"):
         getattr(control, name)(request_, Context())
-
-
-def test_rules_outlive_a_real_store(tmp_path: Path) -> None:
-    from kvfabric.manager.rules_store import RulesStore
-    from kvfabric.stores import open_store
-
-    address = f"sqlite:{tmp_path / 'm.db'}"
-    first = open_store(address)
-    kept = RulesStore(first)
-    kept.pin(ROOM, keys(range(300)))
-    kept.set_policy(None, Policy(2))
-    kept.drain(B, Drain(7))
-    first.close()
-
-    second = open_store(address)
-    rules = Rules()
-    RulesStore(second).load(rules)
-    second.close()
-    assert sorted(rules.pins()) == sorted((ROOM, each) for each in keys(range(300)))
-    assert (rules.replicas(ROOM), rules.drains) == (2, {B: Drain(7)})
-    rules.check()

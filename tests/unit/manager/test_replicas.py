@@ -155,6 +155,156 @@ def test_without_a_policy_for_it_nothing_is_spread() -> None:
     assert made.holders(1) == {"n0"}
 
 
+# Counts of single shards
+
+
+def test_a_shard_s_own_count_is_reached_without_any_policy() -> None:
+    made = fabric()
+    made.put("n0", range(10))
+    made.run(2)
+
+    made.set_replicas([1, 2, 77], 3)
+    made.until_quiet()
+    made.put("n1", [77])
+    made.until_quiet()
+
+    assert all(zones(made, number) == ["z0", "z1", "z2"] for number in (1, 2, 77))
+    assert all(made.holders(number) == {"n0"} for number in (0, *range(3, 10)))
+
+
+def test_own_counts_are_for_more_and_for_fewer_than_the_policy_s() -> None:
+    made = fabric()
+    made.set_policy(2)
+    made.set_replicas([1], 1)
+    made.set_replicas([2], 3)
+    made.put("n0", range(10))
+    made.until_quiet()
+
+    assert [len(made.holders(number)) for number in range(4)] == [2, 1, 3, 2]
+    made.kill("n0")
+    made.run(8)
+    made.until_quiet()
+    assert [len(made.holders(number)) for number in range(4)] == [2, 0, 3, 2]
+
+
+def test_what_a_lowered_count_leaves_over_is_taken_away_and_the_rest_stays_spread() -> None:
+    made = fabric()
+    made.set_policy(3)
+    made.put("n0", range(100))
+    made.until_quiet()
+
+    made.set_replicas(range(50), 2)
+    made.set_replicas(range(10), 1)
+    made.until_quiet()
+
+    assert [len(made.holders(number)) for number in (0, 9, 10, 49, 50)] == [1, 1, 2, 2, 3]
+    assert all(len(set(zones(made, number))) == 2 for number in range(10, 50))
+    (spread,) = [move for move in made.core.moving.mover.moves() if move.kind == "spread"]
+    assert (spread.dropped, spread.failed) == (60, 0)
+
+
+def test_a_count_that_is_taken_back_leaves_what_the_policy_wants() -> None:
+    made = fabric()
+    made.put("n0", range(10))
+    made.set_replicas(range(10), 3)
+    made.until_quiet()
+
+    made.set_replicas(range(10), 0)
+    made.until_quiet()
+
+    assert all(len(made.holders(number)) == 1 for number in range(10))
+
+
+def test_a_count_that_is_lowered_while_copies_are_under_way_is_kept_all_the_same() -> None:
+    made = fabric()
+    made.delay_s = 6.0
+    made.put("n0", range(10))
+    made.run(2)
+    made.set_replicas(range(10), 3)
+    made.run(1)
+    made.set_replicas(range(10), 1)
+    made.until_quiet()
+
+    assert all(len(made.holders(number)) == 1 for number in range(10))
+
+
+def test_cache_beyond_a_lowered_count_stays_and_pinned_replicas_too() -> None:
+    made = fabric()
+    made.set_policy(2)
+    for name in ("n0", "n1", "n2"):
+        made.put(name, [1])
+    for name in ("n0", "n2"):
+        made.put(name, [2])
+    made.pin([2])
+    made.until_quiet()
+
+    made.set_replicas([1, 2], 1)
+    made.until_quiet()
+
+    assert len(made.holders(1)) == 2  # one of the two that the policy wanted is gone
+    assert made.holders(2) == {"n0", "n2"}
+
+
+def test_a_lowered_count_waits_until_a_hot_shard_has_cooled() -> None:
+    made = fabric()
+    made.set_policy(2, hot_replicas=1)
+    made.put("n0", [1])
+    made.until_quiet()
+
+    made.set_replicas([1], 1)
+    for _ in range(240):
+        made.nodes[NodeId("n0")].heat = {(ROOM, key(1)): 4}
+        made.run(0.5)
+    assert len(made.holders(1)) == 2
+    made.run(300)
+
+    assert len(made.holders(1)) == 1
+
+
+def test_a_drain_leaves_every_shard_its_own_count() -> None:
+    made = fabric()
+    made.set_policy(2)
+    made.set_replicas([1], 1)
+    made.set_replicas([2], 3)
+    made.put("n0", range(4))
+    made.until_quiet()
+
+    made.drain("n0")
+    made.until_empty("n0")
+    made.run(20)
+
+    assert [len(made.holders(number)) for number in range(4)] == [2, 1, 3, 2]
+
+
+def test_a_restarted_manager_keeps_own_counts() -> None:
+    made = fabric()
+    made.put("n0", range(10))
+    made.set_replicas(range(5), 2)
+    made.restart_manager()
+    made.until_quiet()
+
+    assert [len(made.holders(number)) for number in (0, 4, 5)] == [2, 2, 1]
+
+
+def test_explain_tells_how_many_replicas_are_wanted_and_since_when() -> None:
+    made = fabric()
+    made.set_policy(2)
+    made.put("n0", [1])
+    made.run(1)
+    made.set_replicas([1], 3)
+    made.run(10)
+
+    found = made.core.explain(ROOM, key(1), made.now_s)
+
+    assert found.replicas == (3,)
+    assert [(each.node, each.why) for each in found.events if each.what == "replicas"] == [
+        ("", "3 are wanted")
+    ]
+
+
+# Nodes that join
+
+
 def test_a_node_that_joins_takes_what_a_full_one_would_evict() -> None:
     made = SmallFabric()
     made.add("a", 2000)
@@ -193,6 +343,7 @@ def test_whatever_happens_counts_are_reached_again(seed: int) -> None:
     for number in range(6):
         made.add(f"n{number}", zone=f"z{number // 2}")
     made.set_policy(2)
+    made.set_replicas(range(20), 3)
     for number in range(200):
         made.put(f"n{made.chance.randrange(6)}", [number])
     made.run(2)
@@ -216,6 +367,7 @@ def test_whatever_happens_counts_are_reached_again(seed: int) -> None:
 
     assert all(len(made.holders(number)) >= 2 for number in range(200))
     assert all(len(set(zones(made, number))) >= 2 for number in range(200))
+    assert all(len(made.holders(number)) >= 3 for number in range(20))
     assert made.nodes[NodeId("n0")].pull_rates.count(0) == len(made.nodes[NodeId("n0")].pull_rates)
 
 

@@ -104,6 +104,16 @@ class ControlServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.FromString,
                 _registered_method=True)
+        self.SetReplicas = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/SetReplicas',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasResponse.FromString,
+                _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/ListReplicas',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
         self.PinKeys = channel.unary_unary(
                 '/kvfabric.rpc.v1.ControlService/PinKeys',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.PinKeysRequest.SerializeToString,
@@ -212,6 +222,19 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetReplicas(self, request, context):
+        """Replica counts of single shards, which rule over their namespace's policy. Durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PinKeys(self, request, context):
         """Pins over the whole fabric. Durable: they hold against nodes that come back.
         """
@@ -298,6 +321,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ListPolicies,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.SerializeToString,
+            ),
+            'SetReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReplicas,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasResponse.SerializeToString,
             ),
             'PinKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.PinKeys,
@@ -688,6 +721,60 @@ class ControlService(object):
             '/kvfabric.rpc.v1.ControlService/ListPolicies',
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/SetReplicas',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.SetReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/ListReplicas',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

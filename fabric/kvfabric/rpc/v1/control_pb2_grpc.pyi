@@ -56,6 +56,9 @@ class ControlServiceStub:
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetPolicyRequest, _control_pb2.SetPolicyResponse]
     """Replica counts and other rules. Durable."""
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListPoliciesRequest, _control_pb2.ListPoliciesResponse]
+    SetReplicas: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetReplicasRequest, _control_pb2.SetReplicasResponse]
+    """Replica counts of single shards, which rule over their namespace's policy. Durable."""
+    ListReplicas: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListReplicasRequest, _control_pb2.ListReplicasResponse]
     PinKeys: _grpc.UnaryUnaryMultiCallable[_control_pb2.PinKeysRequest, _control_pb2.PinKeysResponse]
     """Pins over the whole fabric. Durable: they hold against nodes that come back."""
     ListPlans: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListPlansRequest, _control_pb2.ListPlansResponse]
@@ -87,6 +90,9 @@ class ControlServiceAsyncStub(ControlServiceStub):
     SetPolicy: _aio.UnaryUnaryMultiCallable[_control_pb2.SetPolicyRequest, _control_pb2.SetPolicyResponse]  # type: ignore[assignment]
     """Replica counts and other rules. Durable."""
     ListPolicies: _aio.UnaryUnaryMultiCallable[_control_pb2.ListPoliciesRequest, _control_pb2.ListPoliciesResponse]  # type: ignore[assignment]
+    SetReplicas: _aio.UnaryUnaryMultiCallable[_control_pb2.SetReplicasRequest, _control_pb2.SetReplicasResponse]  # type: ignore[assignment]
+    """Replica counts of single shards, which rule over their namespace's policy. Durable."""
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_control_pb2.ListReplicasRequest, _control_pb2.ListReplicasResponse]  # type: ignore[assignment]
     PinKeys: _aio.UnaryUnaryMultiCallable[_control_pb2.PinKeysRequest, _control_pb2.PinKeysResponse]  # type: ignore[assignment]
     """Pins over the whole fabric. Durable: they hold against nodes that come back."""
     ListPlans: _aio.UnaryUnaryMultiCallable[_control_pb2.ListPlansRequest, _control_pb2.ListPlansResponse]  # type: ignore[assignment]
@@ -199,6 +205,21 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ListPoliciesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ListPoliciesResponse, _abc.Awaitable[_control_pb2.ListPoliciesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetReplicas(
+        self,
+        request: _control_pb2.SetReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.SetReplicasResponse, _abc.Awaitable[_control_pb2.SetReplicasResponse]]:
+        """Replica counts of single shards, which rule over their namespace's policy. Durable."""
+
+    @_abc_1.abstractmethod
+    def ListReplicas(
+        self,
+        request: _control_pb2.ListReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListReplicasResponse, _abc.Awaitable[_control_pb2.ListReplicasResponse]]: ...
 
     @_abc_1.abstractmethod
     def PinKeys(
