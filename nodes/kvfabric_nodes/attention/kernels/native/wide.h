@@ -1,0 +1,176 @@
+/* A level in float32: elements are widened as they are loaded, products are fused.
+ *
+ * Dot products take 4 tokens and DOT_ROWS rows at a time, sums of values SUM_ROWS rows and
+ * SUM_VECTORS vectors: as many as the registers hold. As it takes a tile's bytes, it touches
+ * as many of the next tile's, evenly: a CPU waits for few lines of memory at a time, so one burst
+ * would stand still where a steady trickle costs nothing. Included once per vector width. */
+#include "part.h"
+#include "sight.h"
+#include "vectors.h"
+
+#define MOST_ROWS 4               /* of DOT_ROWS and SUM_ROWS */
+#define TILE_KEY_BYTES (32 << 10) /* so that they stay in the first-level cache */
+#define LINE 64
+
+static int wide_tile_tokens(const attend_call *call, int rows) {
+    (void)rows;
+    int tokens = TILE_KEY_BYTES / (call->key_dim * element_bytes(call->element)) / LANES * LANES;
+    return tokens < LANES ? LANES : tokens > TILE ? TILE : tokens;
+}
+
+/* Blocks of rows take turns in touching: block i at the steps where step & turns == i. */
+INLINE int turns_of(int rows, int block_rows) {
+    int blocks = (rows + block_rows - 1) / block_rows, turns = 1;
+    while (turns * 2 <= blocks) turns *= 2;
+    return turns - 1;
+}
+
+/* s[row][token] for 4 tokens: q.k */
+INLINE void dots(const part *p, const char *const *key, const char *const *ahead, int row, int rows,
+                 int turns, int token, int element) {
+    const int dims = p->call->key_dim, size = element == FLOAT32 ? 4 : 2;
+    const float *q = p->q + (int64_t)row * p->key_pad;
+    vf a[MOST_ROWS][4] = {0};
+    int d = 0;
+    for (; d + W <= dims; d += W) {
+        int line = d * size / LINE;
+        if (d * size % LINE == 0 && (line & turns) == row / DOT_ROWS)
+            for (int j = 0; j < 4; j++) touch(ahead[j] + d * size);
+        vf k[4];
+        for (int j = 0; j < 4; j++) k[j] = widen(key[j] + d * size, element);
+        for (int i = 0; i < rows; i++) {
+            vf x = load(q + i * p->key_pad + d);
+            for (int j = 0; j < 4; j++) a[i][j] += x * k[j];
+        }
+    }
+    if (d < dims)
+        for (int j = 0; j < 4; j++) {
+            vf k = widen_some(key[j] + d * size, dims - d, element);
+            for (int i = 0; i < rows; i++) a[i][j] += load(q + i * p->key_pad + d) * k;
+        }
+    for (int i = 0; i < rows; i++) {
+        v4 x = sums(a[i][0], a[i][1], a[i][2], a[i][3]);
+        memcpy(p->s + (int64_t)(row + i) * TILE + token, &x, sizeof x);
+    }
+}
+
+INLINE void all_dots(part *p, const tile *t, const tile *next, int element) {
+    const int turns = turns_of(p->rows, DOT_ROWS), full = p->rows / DOT_ROWS * DOT_ROWS;
+    for (int token = 0; token < t->tokens; token += 4) {
+        const char *key[4], *ahead[4];
+        for (int j = 0; j < 4; j++) {
+            key[j] = t->key[token + j < t->tokens ? token + j : t->tokens - 1]; /* then ignored */
+            ahead[j] = next->key[p->order[token + j]];
+        }
+        for (int row = 0; row < full; row += DOT_ROWS)
+            dots(p, key, ahead, row, DOT_ROWS, turns, token, element);
+        switch (p->rows - full) {
+        case 1: dots(p, key, ahead, full, 1, turns, token, element); break;
+        case 2: dots(p, key, ahead, full, 2, turns, token, element); break;
+        case 3: dots(p, key, ahead, full, 3, turns, token, element); break;
+        }
+    }
+}
+
+/* o[row] += s[row] V, for some rows and the value dims from d on; `last`: of fewer dims than W. */
+INLINE void some_values(part *p, const tile *t, const tile *next, int row, int rows, int turns,
+                        int d, int vectors, int last, int element) {
+    const int size = element == FLOAT32 ? 4 : 2, bytes = vectors * W * size;
+    vf a[MOST_ROWS][SUM_VECTORS];
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < vectors; c++)
+            a[i][c] = load(p->o + (int64_t)(row + i) * p->value_pad + d + c * W);
+    for (int token = 0; token < t->tokens; token++) {
+        const char *value = t->value[token] + d * size;
+        if (d * size % LINE == 0 && (token & turns) == row / SUM_ROWS)
+            for (int b = 0; b < bytes; b += LINE) touch(next->value[p->order[token]] + d * size + b);
+        vf v[SUM_VECTORS];
+        for (int c = 0; c < vectors; c++)
+            v[c] = last ? widen_some(value, last, element) : widen(value + c * W * size, element);
+        for (int i = 0; i < rows; i++) {
+            float weight = p->s[(int64_t)(row + i) * TILE + token];
+            for (int c = 0; c < vectors; c++) a[i][c] += weight * v[c];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < vectors; c++)
+            store(p->o + (int64_t)(row + i) * p->value_pad + d + c * W, a[i][c]);
+}
+
+INLINE void row_values(part *p, const tile *t, const tile *next, int row, int rows, int turns,
+                       int element) {
+    const int dims = p->call->value_dim;
+    int d = 0;
+    for (; d + SUM_VECTORS * W <= dims; d += SUM_VECTORS * W)
+        some_values(p, t, next, row, rows, turns, d, SUM_VECTORS, 0, element);
+    for (; d + W <= dims; d += W) some_values(p, t, next, row, rows, turns, d, 1, 0, element);
+    if (d < dims) some_values(p, t, next, row, rows, turns, d, 1, dims - d, element);
+}
+
+INLINE void all_values(part *p, const tile *t, const tile *next, int element) {
+    const int turns = turns_of(p->rows, SUM_ROWS), full = p->rows / SUM_ROWS * SUM_ROWS;
+    for (int row = 0; row < full; row += SUM_ROWS)
+        row_values(p, t, next, row, SUM_ROWS, turns, element);
+    switch (p->rows - full) {
+    case 1: row_values(p, t, next, full, 1, turns, element); break;
+    case 2: row_values(p, t, next, full, 2, turns, element); break;
+    case 3: row_values(p, t, next, full, 3, turns, element); break;
+    }
+}
+
+/* s[row]: dot products to weights; m and l and o of the row follow. */
+INLINE void weigh(part *p, const tile *t, int row) {
+    const int padded = rounded(t->tokens, LANES);
+    float *s = p->s + (int64_t)row * TILE;
+    for (int i = t->tokens; i < padded; i++) s[i] = 0;
+    for (int i = 0; i < padded; i += W)
+        store(s + i, logits(load(s + i), p->call->scale, p->call->softcap));
+    for (int i = t->tokens; i < padded; i++) s[i] = -INFINITY;
+    if (!row_sees_all(p, row, t))
+        for (int i = 0; i < padded; i += W)
+            store(s + i, choose(seen_by_row(p, row, t, i), load(s + i), all(-INFINITY)));
+
+    vf most = all(p->m[row]);
+    for (int i = 0; i < padded; i += W) most = larger(load(s + i), most);
+    float m = most[0];
+    for (int i = 1; i < W; i++) m = most[i] > m ? most[i] : m;
+    vf shift = all(m == -INFINITY ? 0 : m), l = {0};
+    for (int i = 0; i < padded; i += W) {
+        vf weight = power2(load(s + i) - shift);
+        store(s + i, weight);
+        l += weight;
+    }
+    if (m != p->m[row]) {
+        float *o = p->o + (int64_t)row * p->value_pad;
+        vf less = power2(all(p->m[row]) - shift);
+        for (int d = 0; d < p->value_pad; d += W) store(o + d, load(o + d) * less);
+        p->l[row] *= less[0];
+        p->m[row] = m;
+    }
+    p->l[row] += sum(l);
+}
+
+INLINE void take(part *p, const tile *t, const tile *next, int element) {
+    if (!rows_see_all(p, 0, p->rows, t) && any_is_not_finite(p, t, element)) {
+        take_carefully(p, t, next);
+        return;
+    }
+    all_dots(p, t, next, element);
+    for (int row = 0; row < p->rows; row++) weigh(p, t, row);
+    all_values(p, t, next, element);
+}
+
+static void wide_take(part *p, const tile *t, const tile *next) {
+    switch (p->call->element) {
+    case FLOAT32: take(p, t, next, FLOAT32); break;
+    case BFLOAT16: take(p, t, next, BFLOAT16); break;
+    default: take(p, t, next, FLOAT16);
+    }
+}
+
+static int64_t wide_packed_bytes(const attend_call *call, int rows) {
+    (void)call, (void)rows;
+    return 0;
+}
+
+static void wide_start(part *p) { (void)p; }
