@@ -65,6 +65,7 @@ baseline: $(READY) ## Makes the protocol as it is now the one that must not be b
 
 clean: ## Removes the virtual environment and everything generated
 	rm -rf $(VENV) out dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f nodes/kvfabric_nodes/attention/kernels/native/*.so
 	find fabric nodes clients tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is put in by the pip outside, so that Debian's python3-venv is not needed.
