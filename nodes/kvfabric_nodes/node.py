@@ -29,7 +29,7 @@ from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.attention.calls import AttentionCalls
 from kvfabric_nodes.attention.engine import Engine
-from kvfabric_nodes.attention.kernels.reference import ReferenceKernel
+from kvfabric_nodes.attention.kernels.cpu import cpu_kernels
 from kvfabric_nodes.attention.spans import Spans
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
@@ -184,7 +184,8 @@ class Node:
             engine = Engine(self._clock)
             stack.push_async_callback(engine.close)
         spans = Spans(core, self.sequences, handler.arena.address)
-        handler.offer(AttentionCalls(handler, spans, engine, ReferenceKernel()).calls())
+        kernels = cpu_kernels(self.settings.attention_threads)
+        handler.offer(AttentionCalls(handler, spans, engine, kernels).calls())
 
     def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:
         """Sequences, groups and steps get to know the other nodes and the manager."""

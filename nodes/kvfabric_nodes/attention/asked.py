@@ -17,7 +17,7 @@ from kvfabric.attention.shape import AttentionShape
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_nodes.attention.kernels import Work
-from kvfabric_nodes.attention.pieces import Blocks, Pieces, Range, cut
+from kvfabric_nodes.attention.pieces import Blocks, Cut, Pieces, Range, cut
 from kvfabric_nodes.attention.spans import MAX_POSITION
 
 MAX_QUERIES = 1024
@@ -46,8 +46,7 @@ class Asked:
 
     vectors: Array
     sight: Sight
-    pieces: Pieces
-    gaps: list[Range]
+    here: Cut
 
 
 def options_of(request: node_pb2.AttendRequest, shape: AttentionShape) -> Options:
@@ -139,8 +138,7 @@ def ranges_of(query: node_pb2.SpanQuery, otherwise: Sequence[Range]) -> Sequence
 
 def asked(vectors: Array, sight: Sight, ranges: Sequence[Range], blocks: Blocks) -> Asked:
     """What no row sees is neither read nor missed."""
-    pieces, gaps = cut(blocks, within(ranges, seen(sight)))
-    return Asked(vectors, sight, pieces, gaps)
+    return Asked(vectors, sight, cut(blocks, within(ranges, seen(sight))))
 
 
 def work(options: Options, rows: Sequence[Asked], pieces: Pieces) -> Work:

@@ -5,7 +5,6 @@ Runs in the engine's thread: it reads what the jobs hold, and no books.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvfabric.attention.merge import Partial, combine
 from kvfabric_nodes.attention.asked import Asked, Options, work
-from kvfabric_nodes.attention.kernels import Kernel
+from kvfabric_nodes.attention.kernels.choice import Kernels
 from kvfabric_nodes.attention.stacking import stacks
 
 
@@ -39,25 +38,23 @@ class Attend:
         return np.concatenate([part.lse for part in self.parts])
 
 
-def compute(attends: Sequence[Attend], kernel: Kernel) -> None:
+def compute(attends: Sequence[Attend], kernels: Kernels) -> None:
     """All have the same options. What several of their queries have in common is read once."""
     options = attends[0].options
     queries = [(attend, one) for attend in attends for one in attend.asked]
     parts: list[list[Partial]] = [[] for _ in queries]
-    for stack in stacks([one.pieces for _, one in queries]):
+    for stack in stacks([one.here.pieces for _, one in queries]):
         rows = [queries[i][1] for i in stack.queries]
         job = work(options, rows, stack.pieces)
-        began_s = time.perf_counter()
-        partial = kernel.attend(job)
-        elapsed_s = time.perf_counter() - began_s
+        done = kernels.attend(job)
         at = 0
         for index, one in zip(stack.queries, rows, strict=True):
             end = at + len(one.vectors)
-            parts[index].append(Partial(partial.o[at:end], partial.lse[at:end]))
+            parts[index].append(Partial(done.partial.o[at:end], done.partial.lse[at:end]))
             at = end
         for attend in dict.fromkeys(queries[i][0] for i in stack.queries):
-            attend.kernel = kernel.name
-            attend.kernel_s += elapsed_s
+            attend.kernel = done.kernel
+            attend.kernel_s += done.seconds
             attend.read_bytes += job.read_bytes
             attend.stacked = max(attend.stacked, len(stack.queries))
     for (attend, one), found in zip(queries, parts, strict=True):

@@ -17,7 +17,7 @@ from kvfabric_nodes.attention import asked as asking
 from kvfabric_nodes.attention.asked import Asked, Options
 from kvfabric_nodes.attention.attending import Attend, compute
 from kvfabric_nodes.attention.engine import Engine, Task
-from kvfabric_nodes.attention.kernels import Kernel
+from kvfabric_nodes.attention.kernels.choice import Kernels
 from kvfabric_nodes.attention.spans import Placed, Span, Spans
 from kvfabric_nodes.sequences.sequence import OpenSequence
 from kvfabric_nodes.serving.handler import Call, Handler, checked_keys, seconds
@@ -30,13 +30,13 @@ class AttentionCalls:
     """See the module. Without an engine this node computes no attention."""
 
     def __init__(
-        self, handler: Handler, spans: Spans, engine: Engine | None, kernel: Kernel
+        self, handler: Handler, spans: Spans, engine: Engine | None, kernels: Kernels
     ) -> None:
         self.spans = spans
         self._handler = handler
         self._core = handler.core
         self._engine = engine
-        self._kernel = kernel
+        self._kernels = kernels
 
     def calls(self) -> Mapping[str, Call]:
         """All of them, by their names in lower case."""
@@ -98,14 +98,14 @@ class AttentionCalls:
         attend = Attend(options, self._asked(request, opened, options))
         cuts = [(sequence, sequence.cuts) for _, sequence in opened if sequence is not None]
         reading = self._core.begin_reading(
-            [extent for one in attend.asked for extent in one.pieces.extents]
+            [extent for one in attend.asked for extent in one.here.extents]
         )
         await engine.run(
             Task(
                 attend,
                 options,
                 self._handler.clock.now() + seconds(request.deadline_ms),
-                partial(compute, kernel=self._kernel),
+                partial(compute, kernels=self._kernels),
                 partial(self._core.end_reading, reading),
             )
         )
@@ -185,9 +185,9 @@ def _placed(
 def _put(response: node_pb2.AttendResponse, attend: Attend) -> None:
     response.outputs = attend.outputs.tobytes()
     response.lse = attend.lse.tobytes()
-    response.tokens.extend([one.pieces.tokens for one in attend.asked])
+    response.tokens.extend([one.here.pieces.tokens for one in attend.asked])
     for index, one in enumerate(attend.asked):
-        for first, end in one.gaps:
+        for first, end in one.here.gaps:
             response.gaps.add(query=index, first_token=first, end_token=end)
     response.kernel = attend.kernel
     response.kernel_us = int(attend.kernel_s * 1e6)

@@ -7,6 +7,7 @@ task reads is held from its submission until it is computed, whatever becomes of
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -21,6 +22,7 @@ from kvfabric.errors import Broken, FabricError, Retry
 log = structlog.get_logger(__name__)
 
 MAX_WAITING = 1024
+MAX_TOGETHER = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +114,8 @@ class Engine:
         return None
 
     def _take_alike(self, first: Task) -> list[Task]:
-        alike = [task for task in self._waiting if first.kind and task.kind == first.kind]
+        same = (task for task in self._waiting if first.kind and task.kind == first.kind)
+        alike = list(itertools.islice(same, MAX_TOGETHER - 1))
         for task in alike:
             self._waiting.remove(task)
             task.waited_s = self._clock.now() - task.since_s

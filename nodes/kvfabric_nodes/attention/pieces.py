@@ -37,11 +37,25 @@ class Pieces:
     skipped: Longs
     first: Longs
     end: Longs
-    extents: list[Extent]
+
+    def __len__(self) -> int:
+        return len(self.address)
 
     @property
     def tokens(self) -> int:
         return int((self.end - self.first).sum())
+
+    def take(self, index: Longs | list[int]) -> Pieces:
+        return Pieces(self.address[index], self.skipped[index], self.first[index], self.end[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What lies here of some ranges: the pieces, their extents, and the gaps between them."""
+
+    pieces: Pieces
+    extents: list[Extent]
+    gaps: list[Range]
 
 
 def blocks_of(rows: Sequence[tuple[int, int, int, Extent]]) -> Blocks:
@@ -63,8 +77,8 @@ def joined(blocks: Blocks, behind: Blocks) -> Blocks:
     )
 
 
-def cut(blocks: Blocks, ranges: Sequence[Range]) -> tuple[Pieces, list[Range]]:
-    """The parts of blocks that lie within ascending ranges, and the gaps between them there."""
+def cut(blocks: Blocks, ranges: Sequence[Range]) -> Cut:
+    """The parts of blocks that lie within ascending ranges."""
     asked = np.array(ranges, np.int64).reshape(-1, 2)
     low, high = asked[:, 0], asked[:, 1]
     begin = np.searchsorted(blocks.end, low, "right")
@@ -78,14 +92,8 @@ def cut(blocks: Blocks, ranges: Sequence[Range]) -> tuple[Pieces, list[Range]]:
         extents = [extents[i] for i in index.tolist()]
     first = np.maximum(starts, low[which])
     end = np.minimum(blocks.end[index], high[which])
-    pieces = Pieces(
-        blocks.address[index],
-        first - starts,
-        first,
-        end,
-        extents,
-    )
-    return pieces, _gaps(asked, counts, which, first, end)
+    pieces = Pieces(blocks.address[index], first - starts, first, end)
+    return Cut(pieces, extents, _gaps(asked, counts, which, first, end))
 
 
 def _gaps(asked: Longs, counts: Longs, which: Longs, first: Longs, end: Longs) -> list[Range]:

@@ -1,0 +1,78 @@
+"""Torch's flash attention for CPU; see `fused`. Loaded in the background when it is first asked."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+from typing import Any
+
+import numpy as np
+
+from kvfabric.attention.floats import STORED
+from kvfabric_nodes.attention.kernels import Work
+from kvfabric_nodes.attention.kernels.fused import FusedKernel
+
+
+class TorchKernel(FusedKernel):
+    """See `Kernel`. In bfloat16 and float16 weights and outputs are rounded to that.
+
+    `only`: there is no better kernel here. Then its first use waits for torch; else it refuses
+    while that is being loaded, and where it would round.
+    """
+
+    name = "torch"
+    chunk_bytes = 2 << 20  # what a core's own cache has
+
+    def __init__(self, threads: int, *, only: bool = False) -> None:
+        self._threads = threads
+        self._only = only
+
+    @property
+    def torch(self) -> Any:
+        import torch
+
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return torch
+
+    def refuses(self, work: Work) -> str:
+        if work.softcap:
+            return "torch's op has no soft-cap"
+        if work.query_dtype != "float32" and not self._only:
+            return f"torch's op rounds weights and outputs to {work.query_dtype}"
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed"
+        loading = _loading()
+        if self._only:
+            loading.join()
+        return "torch is still being loaded" if loading.is_alive() else ""
+
+    def over(
+        self, address: int, kind: str, sizes: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Any:
+        item = np.dtype(STORED[kind])
+        span = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+        memory = (ctypes.c_ubyte * (span + item.itemsize)).from_address(address)
+        bits = np.ndarray(sizes, f"i{item.itemsize}", memoryview(memory), strides=strides)
+        return self.torch.from_numpy(bits).view(getattr(self.torch, kind))
+
+    def fused(self, q: Any, k: Any, v: Any, mask: Any, scale: float) -> tuple[Any, Any]:
+        op = "_scaled_dot_product_flash_attention_for_cpu"
+        o, lse = getattr(self.torch.ops.aten, op)(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        return o, lse
+
+    def placed(self, tensor: Any) -> Any:
+        return tensor
+
+
+@functools.cache
+def _loading() -> threading.Thread:
+    thread = threading.Thread(target=_load, name="kvfabric-torch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _load() -> None:
+    import torch  # noqa: F401
