@@ -185,7 +185,8 @@ class Node:
             stack.push_async_callback(engine.close)
         spans = Spans(core, self.sequences, handler.arena.address)
         kernels = cpu_kernels(self.settings.attention_threads)
-        handler.offer(AttentionCalls(handler, spans, engine, kernels).calls())
+        self.attention = AttentionCalls(handler, spans, engine, kernels)
+        handler.offer(self.attention.calls())
 
     def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:
         """Sequences, groups and steps get to know the other nodes and the manager."""

@@ -92,6 +92,10 @@ class Spans:
         core.on_dropped.append(self._on_dropped)
         core.on_closed.append(self._on_closed)
 
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._of_session.values()))
+
     def open_sequence(
         self,
         session: Session,

@@ -37,6 +37,14 @@ def message(form: Format) -> types_pb2.Format:
     )
 
 
+def opening(namespace: bytes, form: Format, sequence: int) -> node_pb2.OpenSpanRequest:
+    return node_pb2.OpenSpanRequest(namespace_id=namespace, format=message(form), sequence=sequence)
+
+
+def space() -> types_pb2.Namespace:
+    return types_pb2.Namespace(tenant=SPACE.tenant, fingerprint=SPACE.fingerprint)
+
+
 def ids(count: int, seed: int = 0) -> list[int]:
     return [int(n) for n in np.random.default_rng(seed).integers(0, 50_000, count)]
 
@@ -131,12 +139,8 @@ class Asker:
         return getattr(answer, f"{name}_response")
 
     def span_of(self, form: Format, sequence: int, value_dim: int = 0) -> int:
-        request = node_pb2.OpenSpanRequest(
-            namespace_id=self.room.id,
-            format=message(form),
-            value_dim=value_dim,
-            sequence=sequence,
-        )
+        request = opening(self.room.id, form, sequence)
+        request.value_dim = value_dim
         return int(self.say("open_span", request).span)
 
     def span_of_keys(self, form: Format, **fields: Any) -> node_pb2.OpenSpanResponse:
@@ -180,9 +184,9 @@ def rows(form: Format, count: int, group: int = 2, seed: int = 7) -> Array:
 
 
 @contextmanager
-def asker(address: str, **options: Any) -> Iterator[Asker]:
-    client = kvfabric_client.connect(address, timeout_s=TIMEOUT_S, **options)
+def asker(address: str, space: Namespace = SPACE) -> Iterator[Asker]:
+    client = kvfabric_client.connect(address, timeout_s=TIMEOUT_S, tenant=space.tenant)
     try:
-        yield Asker(client)
+        yield Asker(client, space)
     finally:
         client.close()

@@ -1,5 +1,6 @@
 """Real nodes in this process, as the client's tests have them."""
 
 from tests.unit.client.conftest import home, node, runtime_dir, start
+from tests.unit.nodes.attention.slow import gate
 
-__all__ = ["home", "node", "runtime_dir", "start"]
+__all__ = ["gate", "home", "node", "runtime_dir", "start"]
