@@ -135,6 +135,41 @@ NODE_METRICS: tuple[Spec, ...] = (
         "Keys to be copied from other nodes, by what became of them.",
         ("outcome",),
     ),
+    Spec("kvfabric_node_spans", "gauge", "Open spans: contexts that sessions attend here."),
+    Spec("kvfabric_node_attended_rows_total", "counter", "Query rows attended."),
+    Spec(
+        "kvfabric_node_attended_bytes_total",
+        "counter",
+        "KV read by attention kernels.",
+        ("kernel",),
+    ),
+    Spec(
+        "kvfabric_node_attended_seconds_total",
+        "counter",
+        "Time spent in attention kernels.",
+        ("kernel",),
+    ),
+    Spec(
+        "kvfabric_node_attends_waited_seconds_total",
+        "counter",
+        "Time that attends waited for their turn.",
+    ),
+    Spec(
+        "kvfabric_node_attends_stacked_total",
+        "counter",
+        "Queries that were attended together with others over the same blocks.",
+    ),
+    Spec(
+        "kvfabric_node_attend_gap_tokens_total",
+        "counter",
+        "Tokens that were to be attended and were not here.",
+    ),
+    Spec(
+        "kvfabric_node_attend_refusals_total",
+        "counter",
+        "Attends that were not computed; full: too many waited, late: past their deadline.",
+        ("reason",),
+    ),
     Spec(
         "kvfabric_node_commands_total",
         "counter",

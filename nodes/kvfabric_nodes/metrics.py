@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kvfabric.metrics import NODE_METRICS, Histogram, Metrics
@@ -36,6 +36,18 @@ class PullTally:
 
 
 @dataclass(slots=True)
+class AttentionTally:
+    """What was attended: query rows, KV bytes and seconds by kernel, and what hindered it."""
+
+    rows: int = 0
+    stacked: int = 0  # queries
+    gap_tokens: int = 0
+    waited_s: float = 0.0
+    kernels: Mapping[str, Flow] = field(default_factory=dict)
+    refusals: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
 class KeeperTally:
     """How it stands with the keeper, and what was taken over from it at the start."""
 
@@ -58,6 +70,7 @@ class NodeMetrics:
         self.refusals = {"checksum": 0, "length": 0, "deadline": 0, "state": 0}
         self.heartbeats = {"ok": 0, "full": 0, "register": 0}
         self.pulls = PullTally()
+        self.attention = AttentionTally()
         self.keeper = KeeperTally()
         self.gauges: dict[str, Callable[[], float]] = {}  # of parts that are above this one
         self.commands: Counter[str] = Counter()  # of the manager, by kind
@@ -144,6 +157,7 @@ class NodeMetrics:
         self._set("pulled_seconds_total", self.pulls.moved.seconds)
         for outcome, count in self.pulls.outcomes.items():
             self._set("pulled_keys_total", count, outcome)
+        self._refresh_attention()
         for kind, count in self.commands.items():
             self._set("commands_total", count, kind)
         for transport in TRANSPORTS:
@@ -153,6 +167,18 @@ class NodeMetrics:
             self._set("written_bytes_total", written.size_bytes, transport)
             self._set("written_seconds_total", written.seconds, transport)
         return stats
+
+    def _refresh_attention(self) -> None:
+        tally = self.attention
+        self._set("attended_rows_total", tally.rows)
+        self._set("attends_stacked_total", tally.stacked)
+        self._set("attends_waited_seconds_total", tally.waited_s)
+        self._set("attend_gap_tokens_total", tally.gap_tokens)
+        for kernel, read in tally.kernels.items():
+            self._set("attended_bytes_total", read.size_bytes, kernel)
+            self._set("attended_seconds_total", read.seconds, kernel)
+        for reason, count in tally.refusals.items():
+            self._set("attend_refusals_total", count, reason)
 
     def _set(self, name: str, value: float, *labels: str) -> None:
         self.exported.value(f"kvfabric_node_{name}", *labels).value = value

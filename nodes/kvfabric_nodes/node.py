@@ -181,7 +181,7 @@ class Node:
     ) -> None:
         engine = None
         if self.settings.attention_threads:
-            engine = Engine(self._clock)
+            engine = Engine(self._clock, handler.metrics.attention)
             stack.push_async_callback(engine.close)
         spans = Spans(core, self.sequences, handler.arena.address)
         kernels = cpu_kernels(self.settings.attention_threads)

@@ -37,6 +37,8 @@ class AttentionCalls:
         self._core = handler.core
         self._engine = engine
         self._kernels = kernels
+        handler.metrics.attention.kernels = kernels.flows
+        handler.metrics.gauges["spans"] = lambda: spans.count
 
     def calls(self) -> Mapping[str, Call]:
         """All of them, by their names in lower case."""
@@ -115,6 +117,13 @@ class AttentionCalls:
                     f"sequence {sequence.id} was cut or ended while it was attended; ask again"
                 )
         _put(response, attend)
+        self._count(attend)
+
+    def _count(self, attend: Attend) -> None:
+        tally = self._handler.metrics.attention
+        tally.rows += sum(len(one.vectors) for one in attend.asked)
+        tally.stacked += len(attend.asked) if attend.stacked > 1 else 0
+        tally.gap_tokens += sum(end - first for one in attend.asked for first, end in one.here.gaps)
 
     def _asked(
         self, request: node_pb2.AttendRequest, opened: Sequence[Opened], options: Options

@@ -18,6 +18,7 @@ import structlog
 
 from kvfabric.clock import Clock
 from kvfabric.errors import Broken, FabricError, Retry
+from kvfabric_nodes.metrics import AttentionTally
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +47,9 @@ class Task:
 class Engine:
     """All methods on the loop."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, tally: AttentionTally) -> None:
         self._clock = clock
+        self._tally = tally
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Task] = deque()
         self._changed = threading.Condition()
@@ -59,6 +61,7 @@ class Engine:
         """Returns when it is computed. Retry where too many wait, or its deadline passes first."""
         if len(self._waiting) >= MAX_WAITING:
             task.finish()
+            self._tally.refusals["full"] += 1
             raise Retry(f"{MAX_WAITING} calls wait for their attention; ask again later")
         task.since_s = self._clock.now()
         with self._changed:
@@ -124,5 +127,7 @@ class Engine:
     def _finish(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             task.finish()
+            self._tally.waited_s += task.waited_s
+            self._tally.refusals["late"] += isinstance(task.error, Retry)
             if not task.done.done():  # else its caller has gone
                 task.done.set_result(None)

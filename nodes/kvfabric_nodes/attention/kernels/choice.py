@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from kvfabric.attention.merge import Partial
 from kvfabric_nodes.attention.kernels import Kernel, Work
+from kvfabric_nodes.metrics import Flow
 
 TRIES = 3  # that count, of each kernel; one before them warms it up
 LOOK_AGAIN = 1000  # works of a class, times how much slower it was
@@ -112,6 +113,7 @@ class Kernels:
         self._otherwise = otherwise
         self._now = now
         self._choice = Choice()
+        self.flows = {kernel.name: Flow() for kernel in (*measured, otherwise)}  # what each read
 
     def attend(self, work: Work) -> Computed:
         able = [name for name, kernel in self._measured.items() if not kernel.refuses(work)]
@@ -120,6 +122,7 @@ class Kernels:
         began_s = self._now()
         partial = kernel.attend(work)
         elapsed_s = self._now() - began_s
+        self.flows[kernel.name].add(work.read_bytes, elapsed_s)
         if able:
             self._choice.note(kind, kernel.name, work.read_bytes / max(elapsed_s, 1e-9))
         return Computed(partial, kernel.name, elapsed_s)
