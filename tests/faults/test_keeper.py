@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.faults.conftest import (
 from kvfabric.cluster import processes as living
 from kvfabric.types import Key, Status
 from kvfabric_client import Room
+from kvfabric_nodes.keeper.outbox import TELL_S
 
 pytestmark = pytest.mark.faults
 
@@ -59,7 +61,10 @@ def counter(node: NodeProcess, name: str) -> float:
 
 
 def told(node: NodeProcess) -> None:
-    """The keeper is told in the rounds of the loop that follow an answer."""
+    """The keeper is told a moment after an answer, within some rounds of the loop."""
+    until_s = time.monotonic() + TELL_S
+    while time.monotonic() < until_s:
+        node.stats()
     for _ in range(20):
         node.stats()
 

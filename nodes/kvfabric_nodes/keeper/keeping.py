@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import structlog
 
 from kvfabric.clock import Clock
-from kvfabric_nodes.keeper import records, restoring
+from kvfabric_nodes.keeper import operations, records, restoring
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.guests import Guests, guests_of
 from kvfabric_nodes.keeper.outbox import Outbox
@@ -64,9 +64,9 @@ class Keeping:
         self._core, self._arena = restored.core, arena
         self._guests = Guests(restored.guests, restored.former, handler.close_session)
         core = restored.core
-        core.on_sealed.append(lambda shard, _: self._tell(shard))
+        core.on_sealed.append(self._tell)
         core.on_pinned.append(self._tell)
-        core.on_dropped.append(lambda shard, *_: self._forget(shard))
+        core.on_dropped.append(self._forget)
         core.on_granted.append(self._push)
         arena.on_replaced = self._replaced
         handler.guests = self
@@ -158,7 +158,7 @@ class Keeping:
         return self._outbox is not None
 
     def _open(self, link: KeeperLink) -> Outbox:
-        self._outbox = Outbox(self._loop, link, self._encode, self._lost)
+        self._outbox = Outbox(self._loop, link, self._record, self._lost)
         self._link = self._starting = None
         self._opened_s = self._clock.now()
         self.tally.connected = True
@@ -181,11 +181,11 @@ class Keeping:
 
     # What changes -------------------------------------------------------------------
 
-    def _tell(self, shard: Shard) -> None:
+    def _tell(self, shard: Shard, *_: object) -> None:
         if self._outbox is not None:
             self._outbox.sealed(shard)
 
-    def _forget(self, shard: Shard) -> None:
+    def _forget(self, shard: Shard, *_: object) -> None:
         if self._outbox is not None:
             self._outbox.dropped(shard)
 
@@ -227,9 +227,12 @@ class Keeping:
     def erased(self) -> None:
         self._push()
 
-    def _encode(self, shard: Shard) -> bytes:
+    def _record(self, shard: Shard) -> bytes:
+        """The operation that has the keeper keep it."""
         extent, expires_s = shard.extent, shard.expires_s
-        return records.encode_fields(
+        return operations.put(
+            extent.segment,
+            extent.offset,
             extent.size_bytes,
             extent.generation,
             shard.namespace,

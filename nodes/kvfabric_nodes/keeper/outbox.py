@@ -1,27 +1,29 @@
 """What the keeper has yet to be told: queued in order of need, sent as far as the kernel takes it.
 
 What was dropped, and who was given which segment, goes first: it must be out before anybody is
-told that a slot or a segment is his (`push`). Records of sealed shards follow in small pieces,
-and only while most of the kernel's buffer is free, so that there is room for the former. A
-keeper that does not keep up even so is killed, which makes it forget: better none than one
-that remembers what is no longer so.
+told that a slot or a segment is his (`push`). Records of sealed shards follow a moment later, in
+small pieces and only while most of the kernel's buffer is free, so that there is room for the
+former. A keeper that does not keep up even so is killed, which makes it forget: better none
+than one that remembers what is no longer so.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from kvfabric_nodes.keeper import process, records
+from kvfabric_nodes.keeper import operations, process
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.process import Op
+from kvfabric_nodes.store.extents import Extent
 from kvfabric_nodes.store.shards import Shard
 
-PIECE_BYTES = 16 << 10  # encoded at a time: half a millisecond of the loop
+TELL_S = 0.01  # from a change to its telling: batches share it, and answers come first
+SWEEP_SHARDS = 1024
+PIECE_BYTES = 32 << 10  # encoded at a time: a quarter of a millisecond of the loop
 
 
 class Outbox:
@@ -31,17 +33,17 @@ class Outbox:
         self,
         loop: asyncio.AbstractEventLoop,
         link: KeeperLink,
-        encode: Callable[[Shard], bytes],
+        put: Callable[[Shard], bytes],
         on_lost: Callable[[str], None],
     ) -> None:
         self._loop = loop
         self._link = link
-        self._encode = encode
+        self._put = put  # the operation that has a keeper keep a shard
         self._on_lost = on_lost
         self._queue: deque[tuple[bytes, int | None]] = deque()  # with a descriptor beside it
-        self._dropped: dict[tuple[int, int], None] = {}  # slots
-        self._sealed: dict[tuple[int, int], Shard] = {}
-        self._backlog: list[Shard] = []
+        self._dropped: list[Extent] = []
+        self._sealed: deque[Shard] = deque()  # some may be gone, or there twice
+        self._sweep_at = SWEEP_SHARDS
         self._waking = False
         self._writing = False
         self._open = True
@@ -50,7 +52,7 @@ class Outbox:
     @property
     def empty(self) -> bool:
         """Whether everything has gone out."""
-        return not (self._queue or self._dropped or self._sealed or self._backlog)
+        return not (self._queue or self._dropped or self._sealed)
 
     def segment(self, segment: int, descriptor: int) -> None:
         """Memory to keep; the descriptor stays the caller's."""
@@ -72,18 +74,18 @@ class Outbox:
 
     def sealed(self, shard: Shard) -> None:
         """It is sealed, or its record changed."""
-        self._sealed[shard.extent.segment, shard.extent.offset] = shard
+        self._sealed.append(shard)
+        if len(self._sealed) > self._sweep_at:
+            self._sweep()
         self._wake()
 
     def dropped(self, shard: Shard) -> None:
-        slot = (shard.extent.segment, shard.extent.offset)
-        self._sealed.pop(slot, None)
-        self._dropped[slot] = None
+        self._dropped.append(shard.extent)
         self._wake()
 
     def all_of(self, shards: Iterable[Shard]) -> None:
         """Everything that is held, to a keeper that knows nothing."""
-        self._backlog = [*shards]
+        self._sealed.extend(shards)
         self._wake()
 
     def push(self) -> None:
@@ -96,7 +98,7 @@ class Outbox:
         self._waking = False
         if not self._open:
             return
-        if self._drain() and (self._sealed or self._backlog) and self._link.roomy():
+        if self._drain() and self._sealed and self._link.roomy():
             self._queue.append((self._piece(), None))
             self._drain()
         if not self._open:
@@ -121,18 +123,22 @@ class Outbox:
         self._queue.clear()
         self._sealed.clear()
         self._dropped.clear()
-        self._backlog.clear()
         return self._link
 
     def _wake(self) -> None:
         if not self._waking and not self._writing and self._open:
             self._waking = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_later(TELL_S, self.flush)
+
+    def _sweep(self) -> None:
+        """Whatever changes while the keeper takes nothing: no more waits than what is held."""
+        self._sealed = deque(dict.fromkeys(shard for shard in self._sealed if shard.present))
+        self._sweep_at = 2 * len(self._sealed) + SWEEP_SHARDS
 
     def _drain(self) -> bool:
         """Whether all that is queued went out."""
         if self._dropped:
-            deletes = [process.packed(Op.DELETE, records.slot_key(*s)) for s in self._dropped]
+            deletes = [operations.delete(each.segment, each.offset) for each in self._dropped]
             self._queue.append((b"".join(deletes), None))
             self._dropped.clear()
         try:
@@ -152,18 +158,17 @@ class Outbox:
 
     def _piece(self) -> bytes:
         """The next records, oldest first."""
-        piece = bytearray()
-        while len(piece) < PIECE_BYTES and (self._sealed or self._backlog):
-            if self._sealed:
-                slot = next(iter(self._sealed))
-                shard = self._sealed.pop(slot)
-            else:
-                shard = self._backlog.pop()
+        puts: list[bytes] = []
+        left = PIECE_BYTES
+        while left > 0 and self._sealed:
+            shard = self._sealed.popleft()
             if shard.present:
-                name = records.slot_key(shard.extent.segment, shard.extent.offset)
-                with contextlib.suppress(struct.error):  # an endless owner: it is not kept
-                    piece += process.put(name, self._encode(shard))
-        return bytes(piece)
+                try:
+                    puts.append(self._put(shard))
+                except struct.error:  # an endless owner: it is not kept
+                    continue
+                left -= len(puts[-1])
+        return b"".join(puts)
 
     def _on_readable(self) -> None:
         self._lose("it ended")  # it has nothing to say

@@ -1,15 +1,15 @@
 """What the keeper's table holds: the node's shape, a record per sealed shard and per guest.
 
 The keeper does not look into them. A record of another shape is refused by `decode`, so that
-an rManager of another version keeps nothing rather than something wrong.
+an rManager of another version keeps nothing rather than something wrong. Records of shards are
+packed in operations.py.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from kvfabric.types import DIGEST_BYTES, Key, NamespaceId
 
@@ -18,12 +18,13 @@ TOKEN_BYTES = 16
 
 _SHAPE_KEY = b"shape"
 _SHAPE = struct.Struct(">HQQ")  # format, segments, bytes of each
-_SLOT_KEY = struct.Struct(">cIQ")  # "s", segment, offset
+SLOT_KEY = struct.Struct(">cIQ")  # "s", segment, offset
 _GUEST_KEY = struct.Struct(f">c{TOKEN_BYTES}sII")  # "g", session, segment, process
 _GUEST = struct.Struct(">Q")  # start of the process, in clock ticks
-# size, slot, generation, layers, expiry, flags, lengths of tenant and owner, checksums
-_SHARD = struct.Struct(">QQIIdBHHI")
-_PINNED, _CONTINUES, _EXPIRES = 1, 2, 4
+# size, slot, generation, layers, expiry, flags, lengths of tenant and owner, checksums; then
+# namespace, key, parent if it continues one, the checksums, tenant, owner
+SHARD = struct.Struct(">QQIIdBHHI")
+PINNED, CONTINUES, EXPIRES = 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class State:
 
 
 def slot_key(segment: int, offset: int) -> bytes:
-    return _SLOT_KEY.pack(b"s", segment, offset)
+    return SLOT_KEY.pack(b"s", segment, offset)
 
 
 def guest_key(guest: Guest) -> bytes:
@@ -90,74 +91,16 @@ def encode_shape(shape: Shape) -> tuple[bytes, bytes]:
     return _SHAPE_KEY, _SHAPE.pack(FORMAT, shape.segments, shape.segment_bytes)
 
 
-def encode(record: Record) -> bytes:
-    return encode_fields(
-        record.slot_bytes,
-        record.generation,
-        record.namespace,
-        record.key,
-        record.parent,
-        record.tenant,
-        record.owner,
-        record.size_bytes,
-        record.layers,
-        record.checksums,
-        record.expires_at_s,
-        record.pinned,
-    )
-
-
-def encode_fields(
-    slot_bytes: int,
-    generation: int,
-    namespace: NamespaceId,
-    key: Key,
-    parent: Key | None,
-    tenant: str,
-    owner: str,
-    size_bytes: int,
-    layers: int,
-    checksums: Sequence[int],
-    expires_at_s: float | None,
-    pinned: bool,
-) -> bytes:
-    """As `encode`, without the record: a third of the time, for every shard that is sealed."""
-    flags = _PINNED if pinned else 0
-    if parent is not None:
-        flags |= _CONTINUES
-    if expires_at_s is not None:
-        flags |= _EXPIRES
-    first, second, count = tenant.encode(), owner.encode(), len(checksums)
-    head = _SHARD.pack(
-        size_bytes,
-        slot_bytes,
-        generation,
-        layers,
-        expires_at_s or 0.0,
-        flags,
-        len(first),
-        len(second),
-        count,
-    )
-    sums = _sums(count).pack(*checksums)
-    return b"".join((head, namespace, key, parent or b"", sums, first, second))
-
-
-@lru_cache(maxsize=256)
-def _sums(count: int) -> struct.Struct:
-    return struct.Struct(f">{count}Q")
-
-
 def decode(key: bytes, data: bytes) -> Record:
     """ValueError where it is no record."""
     try:
-        _, segment, offset = _SLOT_KEY.unpack(key)
-        head = _SHARD.unpack_from(data)
+        _, segment, offset = SLOT_KEY.unpack(key)
+        head = SHARD.unpack_from(data)
         size, slot, generation, layers, expires_at_s, flags, tenant, owner, sums = head
-        rest = _Rest(data, _SHARD.size)
+        rest = _Rest(data, SHARD.size)
         namespace, own = rest.take(DIGEST_BYTES), rest.take(DIGEST_BYTES)
-        parent = rest.take(DIGEST_BYTES) if flags & _CONTINUES else None
-        checksums = _sums(sums).unpack(rest.take(8 * sums))
+        parent = rest.take(DIGEST_BYTES) if flags & CONTINUES else None
+        checksums = struct.unpack(f">{sums}Q", rest.take(8 * sums))
         names = rest.take(tenant).decode(), rest.take(owner).decode()
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"no record of a shard: {error}") from error
@@ -175,8 +118,8 @@ def decode(key: bytes, data: bytes) -> Record:
         size,
         layers,
         checksums,
-        expires_at_s if flags & _EXPIRES else None,
-        bool(flags & _PINNED),
+        expires_at_s if flags & EXPIRES else None,
+        bool(flags & PINNED),
     )
 
 

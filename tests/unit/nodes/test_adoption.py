@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.nodes.conftest import Desk, key, namespace
 
 from kvfabric.types import Key, NamespaceId, Status
-from kvfabric_nodes.keeper import adoption, records
+from kvfabric_nodes.keeper import adoption, operations, process, records
 from kvfabric_nodes.keeper.records import Guest, Record, Shape, State
 from kvfabric_nodes.store.core import NodeCore
 from kvfabric_nodes.store.extents import Extents
@@ -44,18 +44,34 @@ any_record = st.builds(
 )
 
 
+def told(record: Record) -> tuple[bytes, bytes]:
+    """What a keeper has of it: key and record."""
+    names = [field.name for field in dataclasses.fields(Record)]
+    operation = operations.put(*(getattr(record, name) for name in names))
+    op, size_bytes = process.HEADER.unpack_from(operation)
+    body = operation[process.HEADER.size :]
+    assert (op, size_bytes) == (process.Op.PUT, len(body))
+    return process.unpack_put(body)
+
+
 @given(any_record)
 def test_a_record_says_the_same_after_it_was_kept(record: Record) -> None:
-    name = records.slot_key(record.segment, record.offset)
-    assert records.decode(name, records.encode(record)) == record
+    name, data = told(record)
+    assert name == records.slot_key(record.segment, record.offset)
+    assert records.decode(name, data) == record
+
+
+def test_what_ends_a_record_names_its_place() -> None:
+    said = process.packed(process.Op.DELETE, records.slot_key(3, 2**40))
+    assert operations.delete(3, 2**40) == said
 
 
 @given(any_record, st.data())
 def test_half_a_record_is_none(record: Record, data: st.DataObject) -> None:
-    whole = records.encode(record)
+    name, whole = told(record)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(ValueError, match="record of a shard"):
-        records.decode(records.slot_key(record.segment, record.offset), whole[:cut])
+        records.decode(name, whole[:cut])
 
 
 @given(st.dictionaries(st.binary(max_size=40), st.binary(max_size=200)))

@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.nodes.conftest import Desk, key
 
-from kvfabric_nodes.keeper import process, records
+from kvfabric_nodes.keeper import outbox, process, records
 from kvfabric_nodes.keeper.client import KeeperLink
 from kvfabric_nodes.keeper.outbox import Outbox
 from kvfabric_nodes.keeper.process import Inbox, Op
 from kvfabric_nodes.store.core import NodeCore
 from kvfabric_nodes.store.extents import Extents
+from kvfabric_nodes.store.shards import Shard
 
 SEGMENTS, SEGMENT_BYTES = 4, 4096
 
@@ -31,11 +32,11 @@ class Loop:
     """Runs what was called, when it is told to."""
 
     def __init__(self) -> None:
-        self.soon: list[Callable[[], None]] = []
+        self.later: list[Callable[[], None]] = []
         self.writers: dict[Any, Callable[[], None]] = {}
 
-    def call_soon(self, call: Callable[[], None]) -> None:
-        self.soon.append(call)
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        self.later.append(call)
 
     def add_reader(self, sock: Any, call: Callable[[], None]) -> None: ...
     def remove_reader(self, sock: Any) -> None: ...
@@ -47,8 +48,8 @@ class Loop:
         self.writers.pop(sock, None)
 
     def round(self) -> None:
-        soon, self.soon = self.soon, []
-        for call in [*soon, *self.writers.values()]:
+        later, self.later = self.later, []
+        for call in [*later, *self.writers.values()]:
             call()
 
 
@@ -87,6 +88,11 @@ class Link:
         return table
 
 
+def kept(shard: Shard) -> bytes:
+    """The operation that has a keeper keep the shard's key at its place."""
+    return process.put(records.slot_key(shard.extent.segment, shard.extent.offset), shard.key)
+
+
 class Machine:
     """A core, its outbox, and clients of two tenants."""
 
@@ -95,9 +101,7 @@ class Machine:
         self.core = NodeCore(Extents(SEGMENTS, SEGMENT_BYTES))
         self.desks = [Desk(self.core), Desk(self.core, "b")]
         self.link, self.loop = Link(chance), Loop()
-        self.outbox = Outbox(
-            cast(Any, self.loop), cast(KeeperLink, self.link), lambda shard: shard.key, pytest.fail
-        )
+        self.outbox = Outbox(cast(Any, self.loop), cast(KeeperLink, self.link), kept, pytest.fail)
         self.core.on_sealed.append(lambda shard, _: self.outbox.sealed(shard))
         self.core.on_pinned.append(self.outbox.sealed)
         self.core.on_dropped.append(lambda shard, *_: self.outbox.dropped(shard))
@@ -172,3 +176,19 @@ def test_without_the_push_before_a_grant_this_would_be_found() -> None:
         except AssertionError:
             found += 1
     assert found >= 5
+
+
+def test_no_more_waits_than_what_is_held_however_often_it_changes() -> None:
+    machine = Machine(random.Random(0))
+    machine.desks[0].put([key(n) for n in range(8)], 500)
+    shards = list(machine.core.shards)
+    for _ in range(1000):
+        for shard in shards:
+            machine.outbox.sealed(shard)
+    assert len(machine.outbox._sealed) <= outbox.SWEEP_SHARDS + 2 * len(shards)
+    machine.link.urgent = True
+    while not machine.outbox.empty:
+        machine.loop.round()
+
+    told = [kept(shard)[process.HEADER.size :] for shard in shards]
+    assert machine.link.table() == dict(map(process.unpack_put, told))
