@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from kvfabric_client.aio import connect as connect_async
     from kvfabric_client.aio_sequence import AsyncGroup, AsyncSequence, AsyncState
     from kvfabric_client.answers import Match, Run, View
+    from kvfabric_client.attention.answers import Attended, Pages
+    from kvfabric_client.attention.calls import attend_batch
+    from kvfabric_client.attention.queries import Query
     from kvfabric_client.client import Client, connect
     from kvfabric_client.room import Room
 
@@ -22,16 +25,20 @@ __all__ = [
     "AsyncRoom",
     "AsyncSequence",
     "AsyncState",
+    "Attended",
     "Client",
     "Group",
     "Match",
     "Missing",
+    "Pages",
+    "Query",
     "Room",
     "Run",
     "Sequence",
     "State",
     "StateConflict",
     "View",
+    "attend_batch",
     "connect",
     "connect_async",
 ]
@@ -42,16 +49,20 @@ _HOMES = {
     "AsyncRoom": "aio",
     "AsyncSequence": "aio_sequence",
     "AsyncState": "aio_sequence",
+    "Attended": "attention.answers",
     "Client": "client",
     "Group": "group",
     "Match": "answers",
     "Missing": "sequence_reads",
+    "Pages": "attention.answers",
+    "Query": "attention.queries",
     "Room": "room",
     "Run": "answers",
     "Sequence": "sequence",
     "State": "state",
     "StateConflict": "state",
     "View": "answers",
+    "attend_batch": "attention.calls",
     "connect": "client",
 }
 

@@ -54,6 +54,7 @@ class AsyncSequence:
     truncate = _as_coroutine(Sequence.truncate)
     move = _as_coroutine(Sequence.move)
     close = _as_coroutine(Sequence.close)
+    attend = _as_coroutine(Sequence.attend)
     read = _as_coroutine(SequenceReads.read)
     read_into = _as_coroutine(SequenceReads.read_into)
     read_blocks = _as_coroutine(SequenceReads.read_blocks)

@@ -1,7 +1,7 @@
 """How the KV of tokens lies in blocks: sizes, and strided views without a copy.
 
-`plain` blocks are looked into: per layer K then V, each `[heads, tokens, head dim]`. Blocks of
-any other packing are moved whole.
+`plain` blocks are looked into: per layer K then V, each `[heads, tokens, head dim]`; of MLA a
+layer has one plane, its latents, instead of the two. Blocks of any other packing are moved whole.
 """
 
 from __future__ import annotations
@@ -53,10 +53,30 @@ class BlockShape:
     heads: int = 1
     head_dim: int = 0  # 0: a packing that is not looked into
     dtype: str = ""
+    packing: str = "plain"
+    kind: str = "kv"
 
     @property
     def plain(self) -> bool:
         return self.head_dim > 0
+
+    @property
+    def planes(self) -> int:
+        """Of a layer: K and V, or the latents alone."""
+        return 1 if self.kind == "mla" else 2
+
+    @property
+    def format(self) -> Format:
+        """What these blocks are, with the layers and heads that they have."""
+        return Format(
+            self.dtype,
+            self.block_tokens,
+            self.packing,
+            self.layers,
+            self.heads,
+            self.head_dim,
+            self.kind,
+        )
 
     @property
     def item_bytes(self) -> int:
@@ -67,14 +87,15 @@ class BlockShape:
         return shard_key(namespace, link, part)
 
     def look(self, block: Bytes) -> Array:
-        """A plain block as `[layers, 2, heads, tokens, head dim]` of unsigned integers."""
+        """A plain block as `[layers, planes, heads, tokens, head dim]` of unsigned integers."""
         return block.view(BITS[self.item_bytes]).reshape(
-            self.layers, 2, self.heads, self.block_tokens, self.head_dim
+            self.layers, self.planes, self.heads, self.block_tokens, self.head_dim
         )
 
     def empty(self, tokens: int, layers: int) -> Array:
         """An array for the KV of so many tokens and layers, in the format's own type."""
-        return np.empty((layers, 2, self.heads, tokens, self.head_dim), dtype=self.array_type())
+        sizes = (layers, self.planes, self.heads, tokens, self.head_dim)
+        return np.empty(sizes, dtype=self.array_type())
 
     def array_type(self) -> np.dtype[Any]:
         """Unsigned integers where numpy has no such type."""
@@ -87,7 +108,7 @@ class BlockShape:
         """(offset, bytes) of the pieces of a plain block that hold these tokens and layers."""
         row_bytes = self.head_dim * self.item_bytes
         plane_bytes = self.block_tokens * row_bytes
-        planes = 2 * self.heads
+        planes = self.planes * self.heads
         if lo == 0 and hi == self.block_tokens:
             start = layers.start * planes * plane_bytes
             yield start, len(layers) * planes * plane_bytes
@@ -121,15 +142,29 @@ def shape_of(
                 "size_bytes (a multiple of layers) and block_tokens, or a plain format"
             )
         parts = heads or form.kv_heads
-        return BlockShape(size_bytes, layers, block_tokens, first_layer, first_head, parts)
+        return BlockShape(
+            size_bytes,
+            layers,
+            block_tokens,
+            first_layer,
+            first_head,
+            parts,
+            packing=form.packing,
+            kind=form.kind,
+        )
     layers, heads = layers or form.layers, heads or form.kv_heads
     if form.dtype not in ITEM_BYTES:
         raise Refused(f"dtype {form.dtype!r} is none of {', '.join(ITEM_BYTES)}")
-    if form.kind not in ("kv", "window"):
+    if form.kind not in ("kv", "window", "mla"):
         raise Refused(f"blocks of kind {form.kind!r} are not looked into; give size_bytes instead")
+    if form.kind == "mla":
+        heads = heads or 1
+        if heads != 1:
+            raise Refused(f"latents with {heads} heads; all query heads share one latent")
     if min(layers, heads, form.head_dim, form.block_tokens) <= 0:
         raise Refused(f"{form} has a dimension of 0; a plain block needs all of them")
-    whole = layers * 2 * heads * form.block_tokens * form.head_dim * ITEM_BYTES[form.dtype]
+    planes = 1 if form.kind == "mla" else 2
+    whole = layers * planes * heads * form.block_tokens * form.head_dim * ITEM_BYTES[form.dtype]
     if (size_bytes or whole) != whole or (block_tokens or form.block_tokens) != form.block_tokens:
         raise Refused(
             f"{form} makes blocks of {form.block_tokens} tokens and {whole} bytes, not "
@@ -144,6 +179,7 @@ def shape_of(
         heads,
         form.head_dim,
         form.dtype,
+        kind=form.kind,
     )
 
 
@@ -176,9 +212,10 @@ class RawSource:
 
 
 def source_of(shape: BlockShape, kv: Any, tokens: int, layer: int | None) -> Source:
-    """`kv`: all layers as one array `[layers, 2, heads, tokens, head dim]`, or a list with one
-    entry per layer, each `[2, heads, tokens, head dim]` or a (K, V) pair; with `layer` just
-    that entry. Arrays may be numpy's or torch's, with any strides. Refused for another shape.
+    """`kv`: all layers as one array `[layers, planes, heads, tokens, head dim]`, or a list with
+    one entry per layer, each `[planes, heads, tokens, head dim]` or a tuple of the planes, which
+    is (K, V) or (latents,); with `layer` just that entry. Arrays may be numpy's or torch's, with
+    any strides. Refused for another shape.
     """
     heads_shape = (shape.heads, tokens, shape.head_dim)
     if layer is not None:
@@ -190,7 +227,7 @@ def source_of(shape: BlockShape, kv: Any, tokens: int, layer: int | None) -> Sou
             raise Refused(f"{len(kv)} entries for {shape.layers} layers; give one per layer")
         planes = [p for i, one in enumerate(kv) for p in _planes_of(shape, one, i, heads_shape)]
         return Source(planes, tokens)
-    whole = _bits_of(shape, kv, (shape.layers, 2, *heads_shape))
+    whole = _bits_of(shape, kv, (shape.layers, shape.planes, *heads_shape))
     return Source([(slice(None), whole)], tokens)
 
 
@@ -212,15 +249,16 @@ def _planes_of(
     shape: BlockShape, kv: Any, layer: int, heads_shape: tuple[int, int, int]
 ) -> list[tuple[Any, Array]]:
     if isinstance(kv, (list, tuple)):
-        if len(kv) != 2:
-            raise Refused(f"{len(kv)} arrays for layer {layer}; give K and V")
+        if len(kv) != shape.planes:
+            what = "K and V" if shape.planes == 2 else "one array of latents"
+            raise Refused(f"{len(kv)} arrays for layer {layer}; give {what}")
         return [((layer, i), _bits_of(shape, one, heads_shape)) for i, one in enumerate(kv)]
-    return [(layer, _bits_of(shape, kv, (2, *heads_shape)))]
+    return [(layer, _bits_of(shape, kv, (shape.planes, *heads_shape)))]
 
 
 def _bits_of(shape: BlockShape, value: Any, expected: tuple[int, ...]) -> Array:
     """The array as unsigned integers of its elements' size, over the same memory."""
-    array = _strided_tensor(value) if hasattr(value, "data_ptr") else _as_array(shape, value)
+    array = strided_tensor(value) if hasattr(value, "data_ptr") else _as_array(shape, value)
     if array.shape != expected:
         raise Refused(
             f"KV of shape {list(array.shape)} where {list(expected)} is appended "
@@ -246,11 +284,11 @@ def _as_array(shape: BlockShape, value: Any) -> Array:
     planes = flat.size // max(1, shape.heads * shape.head_dim)
     raise Refused(
         f"{flat.nbytes} bytes without a shape ({planes} rows of all heads); wrap them in numpy: "
-        "np.frombuffer(...).reshape(layers, 2, heads, tokens, head_dim)"
+        "np.frombuffer(...).reshape(layers, planes, heads, tokens, head_dim)"
     )
 
 
-def _strided_tensor(tensor: Any) -> Array:
+def strided_tensor(tensor: Any) -> Array:
     """A torch tensor in CPU memory, without importing torch."""
     if tensor.device.type != "cpu":
         raise Refused(f"a tensor on {tensor.device} cannot be moved; call .cpu() first")
@@ -272,7 +310,7 @@ def _strided_tensor(tensor: Any) -> Array:
 
 def target_of(shape: BlockShape, target: Any, tokens: int, layers: int) -> Array:
     """A caller's array or tensor to be filled, as unsigned integers. Refused as `source_of`."""
-    bits = _bits_of(shape, target, (layers, 2, shape.heads, tokens, shape.head_dim))
+    bits = _bits_of(shape, target, (layers, shape.planes, shape.heads, tokens, shape.head_dim))
     if not bits.flags.writeable:
         raise Refused(f"a read-only {type(target).__name__} cannot be read into; copy it first")
     return bits

@@ -97,6 +97,7 @@ class Client:
         self._calls = 0  # under way
         self._links: dict[str, Link] = {}  # by address
         self._avoid: dict[str, float] = {}  # until when, by address
+        self._hanging: dict[str, float] = {}  # the same of those that answered too late
         self._addresses: list[str] = []
         self._listed_until_s = 0.0
         self._manager: Manager | None = None
@@ -281,6 +282,17 @@ class Client:
         if info is not None:
             return address_of(info)
         return next((a for a in self._candidates() if a.endswith(f"/{node}.sock")), "")
+
+    def hangs(self, address: str) -> None:
+        """This node did not answer in time."""
+        self._hanging[address] = time.monotonic() + AVOID_S
+
+    def hanging(self) -> set[str]:
+        """Addresses of nodes that did not answer in time a moment ago."""
+        if not self._hanging:
+            return set()
+        now_s = time.monotonic()
+        return {address for address, until_s in list(self._hanging.items()) if until_s > now_s}
 
     def _candidates(self) -> list[str]:
         """Good ones first, then those that failed a moment ago."""

@@ -31,6 +31,7 @@ from kvfabric_client.ended import Mapping, ended_sessions
 
 MAX_CALL_CONNECTIONS = 4
 MAX_BULK_CONNECTIONS = 4
+MAX_IDLE_LANES = 4
 RELEASE_S = 0.005  # how late a lease that was given back may reach an otherwise idle node
 RELEASE_LOOKS = 100
 RELEASE_TIMEOUT_S = 1.0
@@ -72,6 +73,7 @@ class Link:
             raise
         self._calls: list[Connection] = []
         self._call_count = 0
+        self._lanes: list[Connection] = []
         self._bulks: list[BulkConnection] = []
         self._bulk_count = 0
         self.shares_memory = "shm" in self.hello.features and not bulk_only
@@ -91,7 +93,7 @@ class Link:
                 self._mappings = []
                 self._segments.clear()
             self._owner.close()
-            for connection in self._calls:
+            for connection in [*self._calls, *self._lanes]:
                 connection.close()
             for bulk in self._bulks:
                 bulk.close()
@@ -123,6 +125,27 @@ class Link:
                 else:
                     self._calls.append(connection)
                 self._returned.notify_all()
+
+    def take_lane(self, deadline_s: float) -> Connection:
+        """A connection for calls whose answers are awaited while others are made, until
+        `give_lane`. There is always one more: whoever holds one waits for nobody who does."""
+        with self._lock:
+            while self._lanes:
+                connection = self._lanes.pop()
+                if connection.alive():
+                    return connection
+                connection.close()
+        return self._join(deadline_s)
+
+    def give_lane(self, connection: Connection) -> None:
+        self._undo_late(connection)
+        self._give_back_retired(connection)
+        with self._lock:
+            spare = len(self._lanes) < MAX_IDLE_LANES and not self._owner.closed
+            if connection.closed or not spare:
+                connection.close()
+            else:
+                self._lanes.append(connection)
 
     def _undo_late(self, connection: Connection) -> None:
         """Gives back what was granted after its caller had given up: nobody knows of it."""

@@ -173,6 +173,7 @@ class Room(Transfers):
         first_layer: int = 0,
         first_head: int = 0,
         heads: int = 0,
+        at: str = "",
         idle_s: float = IDLE_S,
         timeout_s: float | None = None,
     ) -> Sequence:
@@ -182,7 +183,8 @@ class Room(Transfers):
         this rank has, by default all. Without it, or for another packing, give `size_bytes` and
         `block_tokens` of a block: such blocks are appended and read whole. `tokens`: ids that
         the context begins with; its full blocks that the fabric holds need not be appended, and
-        `length` says how far that goes. `idle_s`: how long it lives after its writer is gone.
+        `length` says how far that goes. `at`: the address of the node that is to be its home, by
+        default the first that takes it. `idle_s`: how long it lives after its writer is gone.
         """
         shape = shape_of(
             form,
@@ -197,7 +199,8 @@ class Room(Transfers):
         outline = Outline(self.id, shape)
         blocks = outline.named(ids)
         opening = Opening(self, shape, blocks, idle_s)
-        home, length = opening.anywhere(self.client.deadline(timeout_s))
+        deadline = self.client.deadline(timeout_s)
+        home, length = opening.at(at, deadline) if at else opening.anywhere(deadline)
         outline.begin([block for block in blocks if block.end <= length], ids[:length])
         return Sequence(Writer(self, outline, home))
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 import contextlib
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
+from kvfabric.attention.merge import Partial
 from kvfabric.errors import Conflict, FabricError, Refused
+from kvfabric_client.attention.answers import Attended, Pages
+from kvfabric_client.attention.calls import attend_batch
+from kvfabric_client.attention.context import Context
+from kvfabric_client.attention.queries import New, Query
+from kvfabric_client.attention.source import SequenceSource
 from kvfabric_client.blocks import RawSource, Source, raw_source, source_of
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import checked_ids
-from kvfabric_client.sequence_reads import SequenceReads
+from kvfabric_client.sequence_reads import Missing, SequenceReads
 from kvfabric_client.sequence_writer import Writer
 
 RENEW_TIMEOUT_S = 2.0
@@ -31,6 +37,7 @@ class Sequence(SequenceReads):
 
     def __init__(self, writer: Writer) -> None:
         super().__init__(writer)
+        self.context = Context(SequenceSource(writer))
         self._tentative: weakref.WeakSet[Sequence] = weakref.WeakSet()
         writer.room.client.renewals.add(self, writer.home.idle_s / 3)
 
@@ -61,6 +68,64 @@ class Sequence(SequenceReads):
     def id(self) -> int:
         """Its number at its home node."""
         return self.writer.home.sequence
+
+    # Attending ----------------------------------------------------------------------
+
+    def attend(
+        self,
+        queries: Any,
+        *,
+        layer: int,
+        positions: Any = None,
+        visible: int | None = None,
+        tokens: Iterable[range] | None = None,
+        new: New | None = None,
+        local: Partial | Callable[[], Partial] | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        window: int = 0,
+        sinks: int = 0,
+        value_dim: int = 0,
+        pages: Pages | None = None,
+        timeout_s: float | None = None,
+    ) -> Attended:
+        """Attention of these rows over this sequence, computed by the nodes that have its KV.
+
+        `queries`: [rows, query heads, head dim], an array or CPU tensor in the KV's dtype
+        (bfloat16 also as its bits) or float32. `layer` counts from 0 in this part.
+
+        `positions`: one per row, which then sees tokens up to its own; none: every row sees all
+        before `visible`, by default all that this layer has. With a `window` a row sees so many
+        tokens back, its own counted, and the first `sinks`. `tokens`: of the stored ones only
+        these ranges. `scale`: 1 / sqrt(head dim) by default. `softcap` as in Gemma. `value_dim`:
+        of MLA latents, whose queries are in the absorbed form.
+
+        `new`: (token ids, K, V), each [heads, tokens, head dim], of tokens that come now (of MLA
+        (token ids, latents, None)): they are appended in this layer after the queries went out,
+        and attended here, causally. They begin at the first position, else where the layer ends;
+        there are as many rows, or `visible` says where they begin. `local`: attention over
+        tokens that the engine keeps itself, or a function that computes it meanwhile.
+
+        `pages` makes it sparse. Each token counts once, wherever its block has moved meanwhile.
+        Raises Missing, with the ranges, where tokens are nowhere, or on a node that does not
+        answer: compute their KV, `restore` what is sealed, append the rest, and ask again, with
+        the positions: new tokens were appended, which is then not repeated.
+        """
+        query = Query(self, queries, positions, visible, tokens, new, local)
+        (answer,) = attend_batch(
+            [query],
+            layer=layer,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            value_dim=value_dim,
+            pages=pages,
+            timeout_s=timeout_s,
+        )
+        if isinstance(answer, Missing):
+            raise answer
+        return answer
 
     # Writing ------------------------------------------------------------------------
 
@@ -172,6 +237,7 @@ class Sequence(SequenceReads):
                 return
             self.closed = True
             self._end_tentative()
+            self.context.close()
             with contextlib.suppress(FabricError):
                 self.writer.home.close(Deadline.after(timeout_s), drop=drop)
 
@@ -210,7 +276,7 @@ class Sequence(SequenceReads):
 
     @contextlib.contextmanager
     def _writing(self, timeout_s: float | None) -> Iterator[tuple[Writer, Deadline]]:
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             self._note_attempts()
             yield self.writer, deadline
 

@@ -6,6 +6,7 @@ A session that has ended took the open blocks along; the sealed ones stay. What 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Home:
         self.idle_s = idle_s
         self.tails = Tails(link, shape)
         self.draining = False  # the node is being emptied, as it said last
+        self.moved_bytes = 0  # by its calls, over sockets
 
     @property
     def address(self) -> str:
@@ -78,7 +80,8 @@ class Home:
 
         def call(link: Link) -> Any:
             self._check(link)
-            answer = link.call(name, request, deadline.at_s)
+            with link.connection(deadline.at_s) as connection, self._counting(connection):
+                answer = connection.call(name, request, deadline.at_s)
             return getattr(answer, f"{name}_response")
 
         return self.room.client.at(self.address, call, deadline)
@@ -163,10 +166,18 @@ class Home:
 
         def call(link: Link) -> node_pb2.AppendRequest | None:
             self._check(link)
-            with link.connection(deadline.at_s) as connection:
+            with link.connection(deadline.at_s) as connection, self._counting(connection):
                 return send(connection)
 
         return self.room.client.at(self.address, call, deadline)
+
+    @contextlib.contextmanager
+    def _counting(self, connection: Connection) -> Iterator[None]:
+        before = connection.moved_bytes
+        try:
+            yield
+        finally:
+            self.moved_bytes += connection.moved_bytes - before
 
     def _check(self, link: Link) -> None:
         if link is not self.link:

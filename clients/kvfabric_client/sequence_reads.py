@@ -96,7 +96,7 @@ class SequenceReads:
         """
         self._look_inside()
         which = layer_range(self.shape, layers)
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             outline = self.writer.outline
             tokens = self._range(start, end)
             bits = target_of(self.shape, target, len(tokens), len(which))
@@ -130,7 +130,7 @@ class SequenceReads:
         self, start: int = 0, end: int | None = None, *, timeout_s: float | None = None
     ) -> list[Bytes | None]:
         """Copies of the sealed blocks that hold these tokens, whole; None: it is nowhere."""
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             pieces, blocks = self._sealed(start, end)
             home = self.writer.home
         numbers, keys = [piece.index for piece in pieces], [block.key for block in blocks]
@@ -172,7 +172,7 @@ class SequenceReads:
         Without a copy where the home node shares its memory (these are not verified: that
         would cost what it saves), as verified copies what lies elsewhere.
         """
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             pieces, blocks = self._sealed(start, end)
             home = self.writer.home
         return view_of(home, pieces, blocks, lease_s, deadline)
@@ -184,7 +184,7 @@ class SequenceReads:
         Refused where it is not whole blocks, Retry where there is no room.
         """
         self._look_inside()
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             tokens = range(start, start + _tokens_of(kv))
             source = source_of(self.shape, kv, len(tokens), None)
             pieces, blocks = self._sealed(tokens.start, tokens.stop)
@@ -213,7 +213,7 @@ class SequenceReads:
 
     def blocks(self, *, timeout_s: float | None = None) -> list[Place]:
         """Where every block lies, in order."""
-        with self._using(timeout_s) as deadline:
+        with self.using(timeout_s) as deadline:
             home, outline = self.writer.home, self.writer.outline
             said = home.describe(deadline)
             found = [
@@ -226,7 +226,7 @@ class SequenceReads:
     # Inside -------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _using(self, timeout_s: float | None) -> Iterator[Deadline]:
+    def using(self, timeout_s: float | None) -> Iterator[Deadline]:
         """The deadline, while nobody else uses the writer's side."""
         deadline = self.writer.room.client.deadline(timeout_s)
         if not self._lock.acquire(timeout=deadline.left_s()):

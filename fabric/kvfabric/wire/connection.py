@@ -42,6 +42,7 @@ class Connection:
         self._awaited: set[int] = set()
         self._arrived: dict[int, wire_pb2.Frame] = {}
         self._next_id = 1
+        self.moved_bytes = 0  # both ways
         self.closed = False
 
     def call(self, name: str, request: Message, deadline_s: float) -> wire_pb2.Frame:
@@ -58,6 +59,14 @@ class Connection:
     def finish(self, frame_id: int, deadline_s: float) -> wire_pb2.Frame:
         """The answer to one `begin`."""
         return self._await(frame_id, deadline_s)
+
+    def has_arrived(self, frame_id: int) -> bool:
+        """Whether `finish` would not have to wait: it came with an earlier answer."""
+        return frame_id in self._arrived
+
+    def fileno(self) -> int:
+        """Readable when an answer, or a part of it, has come that is not taken in yet."""
+        return self._sock.fileno()
 
     def forget(self, frame_id: int) -> None:
         """Nobody will fetch this answer."""
@@ -132,6 +141,7 @@ class Connection:
                     self._sock, MAX_DESCRIPTORS, deadline_s
                 )
                 descriptors += more
+            self.moved_bytes += len(data)
             for frame in self._inbox.feed(data):
                 self.retired.update(frame.retired_segments)
                 if frame.id in self._awaited or not frame.id:
@@ -163,6 +173,7 @@ class Connection:
     def _send_all(self, head: bytes, deadline_s: float) -> None:
         try:
             sockets.send_all(self._sock, memoryview(head), deadline_s)
+            self.moved_bytes += len(head)
         except FabricError:
             self.close()  # half a frame may be out
             raise

@@ -142,6 +142,19 @@ def test_kv_is_placed_where_the_format_says(lo: int, tokens: int, start: int, la
     assert np.array_equal(covered.reshape(-1, 4).all(axis=1), inside.reshape(-1))
 
 
+def test_latents_have_one_plane_and_one_head() -> None:
+    shape = shape_of(Format("float32", 4, layers=3, head_dim=5, kind="mla"))
+    assert (shape.size_bytes, shape.planes, shape.format.kind) == (3 * 4 * 5 * 4, 1, "mla")
+    latents = np.random.default_rng(0).random((3, 1, 1, 6, 5), dtype=np.float32)
+    block = np.zeros(shape.size_bytes, np.uint8)
+    source_of(shape, latents, 6, None).place(shape, block, 0, 4, 2)
+    assert np.array_equal(block.view(np.float32).reshape(3, 4, 5), latents[:, 0, 0, 2:])
+    source_of(shape, (latents[1, 0],), 6, 1).place(shape, block, 1, 2, 0)
+    assert np.array_equal(block.view(np.float32).reshape(3, 4, 5)[1, 1], latents[1, 0, 0, 0])
+    with pytest.raises(Refused, match="give one array of latents"):
+        source_of(shape, (latents[1, 0], latents[1, 0]), 6, 1)
+
+
 def test_shapes_that_do_not_fit_together_are_refused() -> None:
     raw = shape_of(Format("float16", 8, "vllm-cpu-vec", 4, 2, 64), size_bytes=4096)
     assert (raw.plain, raw.layers, raw.block_tokens, raw.heads) == (False, 4, 8, 2)
@@ -155,6 +168,7 @@ def test_shapes_that_do_not_fit_together_are_refused() -> None:
         {"form": Format("int7", 4)},
         {"form": Format("float32", 4, kind="state")},
         {"form": Format("float32", 0)},
+        {"form": Format("float32", 4, kv_heads=2, head_dim=8, kind="mla")},
     ):
         with pytest.raises(Refused):
             shape_of(**mistake)

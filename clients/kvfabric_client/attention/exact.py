@@ -1,0 +1,106 @@
+"""The operator `attend`: queries out, normalised outputs and their lse back, merged by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvfabric.attention.merge import Partial, combine
+from kvfabric.errors import Broken
+from kvfabric.rpc.v1 import node_pb2
+from kvfabric_client.attention.answers import Traffic
+from kvfabric_client.attention.operator import Ask, Call, Item
+from kvfabric_client.attention.parts import Options, Part, items_of, messages_of
+from kvfabric_client.attention.runs import Runs, count, joined, without
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What has come back for one part."""
+
+    partials: dict[Item, Partial] = field(default_factory=dict)
+    covered: dict[str, Runs] = field(default_factory=dict)  # tokens, by the node's name
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {node: count(joined(runs)) for node, runs in self.covered.items()}
+
+
+class Attention:
+    """An `Operator`. `gathered` has what came, by part."""
+
+    name = "attend"
+
+    def __init__(self, parts: Sequence[Part], options: Options, traffic: Traffic) -> None:
+        self.parts = parts
+        self.options = options
+        self.traffic = traffic
+        self.gathered = {part: Gathered() for part in parts}
+
+    def items(self) -> list[Item]:
+        return items_of(self.parts, self.options, _max_rows)
+
+    def calls(self, asks: Sequence[Ask], deadline_ms: int) -> Iterator[Call]:
+        for some in messages_of(self.parts, asks, _max_rows):
+            yield self._call(some, deadline_ms)
+
+    def _call(self, asks: Sequence[Ask], deadline_ms: int) -> Call:
+        options, part = self.options, self.parts[asks[0].item.query]
+        request = node_pb2.AttendRequest(
+            layer=options.layer,
+            query_heads=part.heads,
+            dtype="" if part.dtype == part.shape.dtype else part.dtype,
+            scale=options.scale,
+            softcap=options.softcap,
+            window=options.window,
+            sinks=options.sinks,
+            deadline_ms=deadline_ms,
+            queries=[self.parts[ask.item.query].asked(ask, options) for ask in asks],
+            vectors=b"".join([self.parts[ask.item.query].rows_of(ask) for ask in asks]),
+        )
+        self.traffic.sent_bytes += len(request.vectors)
+        return Call(request, asks)
+
+    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+        part = self.parts[call.asks[0].item.query]
+        rows = sum(ask.item.rows for ask in call.asks)
+        heads, dim = part.heads, part.shape.value_dim
+        asked = [count(ask.runs) - count(gap) for ask, gap in zip(call.asks, gaps, strict=True)]
+        sizes = (len(answer.outputs), len(answer.lse))
+        if sizes != (4 * rows * heads * dim, 4 * rows * heads) or asked != list(answer.tokens):
+            raise Broken(
+                f"node {node} answered {sizes} bytes over {list(answer.tokens)} tokens, asked for "
+                f"{rows} rows of {heads} heads of {dim} over {asked}; see its log"
+            )
+        o = np.frombuffer(answer.outputs, np.float32).reshape(rows, heads, dim)
+        lse = np.frombuffer(answer.lse, np.float32).reshape(rows, heads)
+        at = 0
+        for ask, gap in zip(call.asks, gaps, strict=True):
+            end = at + ask.item.rows
+            self._add(ask, Partial(o[at:end], lse[at:end]), node, gap)
+            at = end
+        self.traffic.received_bytes += sum(sizes)
+        self.traffic.kernels.add(answer.kernel)
+
+    def _add(self, ask: Ask, partial: Partial, node: str, gap: Runs) -> None:
+        gathered, item = self.gathered[self.parts[ask.item.query]], ask.item
+        before = gathered.partials.get(item)
+        gathered.partials[item] = partial if before is None else combine([before, partial])
+        covered = gathered.covered.setdefault(node, [])
+        covered.extend(without(ask.runs, gap) if gap else ask.runs)
+
+    def partial(self, part: Part) -> Partial:
+        """All of one part that has come back; rows that saw nothing are empty."""
+        o = np.zeros((part.rows, part.heads, part.shape.value_dim), np.float32)
+        lse = np.full((part.rows, part.heads), -np.inf, np.float32)
+        for item, partial in self.gathered[part].partials.items():
+            o[item.first : item.first + item.rows] = partial.o
+            lse[item.first : item.first + item.rows] = partial.lse
+        return Partial(o, lse)
+
+
+def _max_rows(part: Part) -> int:
+    return part.max_rows(4 * part.heads * (part.shape.value_dim + 1))

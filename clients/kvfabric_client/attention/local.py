@@ -1,0 +1,78 @@
+"""Attention over the tokens that the engine has just computed, in its own memory, in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfabric.attention.masks import Sight
+from kvfabric.attention.merge import Floats, Partial
+
+LOGIT_BYTES = 16 << 20  # of the logits that are made at once
+
+
+def attend_new(
+    queries: Floats,
+    keys: Floats,
+    values: Floats,
+    positions: NDArray[np.int64],
+    sight: Sight,
+    scale: float,
+    softcap: float = 0.0,
+) -> Partial:
+    """`queries` [rows, query heads, dim], `keys` and `values` [KV heads, tokens, dim], as they are
+    appended; `positions` [tokens]. A row that sees nothing has o = 0 and lse = -inf."""
+    rows, heads, _ = queries.shape
+    step = max(1, LOGIT_BYTES // (4 * heads * max(1, len(positions))))
+    parts = [
+        _some(
+            queries[at : at + step],
+            keys,
+            values,
+            positions,
+            Sight(sight.lo[at : at + step], sight.hi[at : at + step], sight.sinks),
+            scale,
+            softcap,
+        )
+        for at in range(0, rows, step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(
+        np.concatenate([part.o for part in parts]), np.concatenate([part.lse for part in parts])
+    )
+
+
+def _some(
+    queries: Floats,
+    keys: Floats,
+    values: Floats,
+    positions: NDArray[np.int64],
+    sight: Sight,
+    scale: float,
+    softcap: float,
+) -> Partial:
+    rows, heads, dim = queries.shape
+    group = heads // len(keys)
+    folded = queries.reshape(rows, len(keys), group, dim).transpose(1, 0, 2, 3)
+    logits = folded.reshape(len(keys), rows * group, dim) @ keys.transpose(0, 2, 1)
+    logits *= np.float32(scale)
+    if softcap:
+        logits = np.float32(softcap) * np.tanh(logits / np.float32(softcap))
+    hidden = (positions >= sight.hi[:, None]) | (
+        (positions < sight.lo[:, None]) & (positions >= sight.sinks)
+    )
+    logits[:, np.repeat(hidden, group, axis=0)] = -np.inf
+    most = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(logits - np.where(most > -np.inf, most, 0))
+    total = weights.sum(axis=-1, keepdims=True)
+    o = (weights @ values) / np.where(total > 0, total, 1)
+    with np.errstate(divide="ignore"):  # log 0: nothing was seen
+        lse = most + np.log(total)
+    return Partial(_unfolded(o, rows), _unfolded(lse, rows)[..., 0])
+
+
+def _unfolded(folded: Floats, rows: int) -> Floats:
+    """[KV heads, rows * group, n] as [rows, query heads, n]."""
+    kv_heads, _, size = folded.shape
+    return folded.reshape(kv_heads, rows, -1, size).transpose(1, 0, 2, 3).reshape(rows, -1, size)

@@ -1,0 +1,82 @@
+"""What nodes compute for contexts: attention, top-k, reduce. The contract, and what all share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from kvfabric_client.attention.context import Context
+from kvfabric_client.attention.runs import Runs
+from kvfabric_client.attention.spans import Span
+
+MAX_QUERIES = 1024  # of a call
+MAX_VECTOR_BYTES = 512 << 10
+MAX_OUTPUT_BYTES = 960 << 10
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """Some rows of one query over one context: what is asked of a node in one piece."""
+
+    context: Context
+    query: int  # its number, for the operator
+    first: int  # of the query's rows
+    rows: int
+    wanted: Runs  # tokens that nobody has answered for yet
+
+
+@dataclass(slots=True)
+class Ask:
+    """An item at one node."""
+
+    item: Item
+    place: str  # as the context's route has it
+    runs: Runs
+    span: Span | None = None  # None: it has not been opened
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One message to a node."""
+
+    request: Message
+    asks: Sequence[Ask]  # one for each of its queries
+
+
+class Operator(Protocol):
+    """Makes messages of asks, and takes the answers in."""
+
+    @property
+    def name(self) -> str:
+        """Of the call."""
+
+    def calls(self, asks: Sequence[Ask], deadline_ms: int) -> Iterator[Call]:
+        """Cuts what goes to one node into messages within the limits."""
+
+    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+        """An answer; `gaps`: per ask, what it does not cover. Broken where it is none."""
+
+
+def packs(asks: Sequence[Ask], max_rows: int) -> Iterator[list[Ask]]:
+    """Cuts asks into messages of at most so many rows."""
+    some: list[Ask] = []
+    rows = 0
+    for ask in asks:
+        if some and (rows + ask.item.rows > max_rows or len(some) == MAX_QUERIES):
+            yield some
+            some, rows = [], 0
+        some.append(ask)
+        rows += ask.item.rows
+    if some:
+        yield some
+
+
+def slices(rows: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    """(first, rows) of pieces of so many rows at most, as equal as can be."""
+    pieces = -(-rows // max_rows)
+    for piece in range(pieces):
+        first, end = rows * piece // pieces, rows * (piece + 1) // pieces
+        yield first, end - first

@@ -1,0 +1,165 @@
+"""Calls to several nodes at once, over connections that stay, answered in order of arrival."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvfabric.errors import DeadlineExceeded, FabricError, Unreachable
+from kvfabric.wire.connection import Connection
+from kvfabric_client.attention.answers import Traffic
+from kvfabric_client.attention.operator import Call
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.link import Link
+
+MAX_UNDER_WAY = 4  # calls to one node; their answers are well below what it keeps for a client
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What became of one call."""
+
+    link: Link
+    call: Call
+    answer: Any  # the response, or None where there is an error
+    error: FabricError | None
+
+
+class Lane:
+    """The calls to one node, over a connection that nobody else uses meanwhile."""
+
+    def __init__(self, link: Link, name: str, calls: Iterable[Call], deadline: Deadline) -> None:
+        self.link = link
+        self.name = name
+        self.deadline = deadline
+        self.waiting = deque(calls)
+        self.under_way: deque[tuple[int, Call]] = deque()
+        self.kernel_s = 0.0
+        self.ended_s = self.began_s = 0.0
+        self.connection: Connection | None = None
+        self._before = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.under_way or self.waiting)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next answer is here already, behind an earlier one."""
+        held = self.connection
+        return held is not None and bool(self.under_way) and held.has_arrived(self.under_way[0][0])
+
+    def send(self) -> None:
+        """As many as may be under way."""
+        if self.connection is None:
+            self.connection = self.link.take_lane(self.deadline.at_s)
+            self._before = self.connection.moved_bytes
+            self.ended_s = self.began_s = time.monotonic()
+        while self.waiting and len(self.under_way) < MAX_UNDER_WAY:
+            request = self.waiting[0].request
+            frame_id = self.connection.begin(self.name, request, self.deadline.at_s)
+            self.under_way.append((frame_id, self.waiting.popleft()))
+
+    def fetch(self) -> Arrived:
+        """Its next answer, which is arriving."""
+        assert self.connection is not None
+        frame_id, call = self.under_way[0]
+        answer, failure = None, None
+        try:
+            frame = self.connection.finish(frame_id, self.deadline.at_s)
+            answer = getattr(frame, f"{self.name}_response")
+            self.kernel_s += getattr(answer, "kernel_us", 0) / 1e6
+        except (DeadlineExceeded, Unreachable):
+            raise
+        except FabricError as error:  # of this call alone
+            failure = error
+        self.under_way.popleft()
+        self.ended_s = time.monotonic()
+        return Arrived(self.link, call, answer, failure)
+
+    def fail(self, error: FabricError) -> Iterator[Arrived]:
+        """Nothing more comes from this node: what its other calls come to."""
+        rest = [*(call for _, call in self.under_way), *self.waiting]
+        if self.connection is not None:
+            self.connection.close()  # else late answers would come before later ones
+        self.under_way.clear()
+        self.waiting.clear()
+        for call in rest:
+            yield Arrived(self.link, call, None, error)
+
+    def end(self) -> int:
+        """Gives the connection back; answers how many bytes went over it."""
+        if self.connection is None:
+            return 0
+        if not self.idle:  # nobody waits for what still comes
+            self.connection.close()
+        self.link.give_lane(self.connection)
+        return self.connection.moved_bytes - self._before
+
+
+def scatter(
+    lanes: list[Lane], deadline: Deadline, traffic: Traffic, meanwhile: Callable[[], None]
+) -> Generator[Arrived]:
+    """Sends everything, runs `meanwhile`, and answers as the nodes do. The calls of a node that
+    has not answered by the deadline, or has gone, fail with the error that says so."""
+    try:
+        for lane in lanes:
+            yield from _tried(lane, lane.send)
+        meanwhile()
+        poll, by_fd = select.poll(), _by_fd(lanes)
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        while by_fd:
+            for fd in _arriving(poll, by_fd, deadline):
+                yield from _answers(by_fd[fd])
+                if by_fd[fd].idle:
+                    poll.unregister(fd)
+                    del by_fd[fd]
+    finally:
+        _account(lanes, traffic)
+
+
+def _by_fd(lanes: list[Lane]) -> dict[int, Lane]:
+    return {
+        lane.connection.fileno(): lane
+        for lane in lanes
+        if lane.connection is not None and not lane.idle
+    }
+
+
+def _arriving(poll: select.poll, by_fd: dict[int, Lane], deadline: Deadline) -> list[int]:
+    """Those that have something to tell; all of them once time is over."""
+    at_once = [fd for fd, lane in by_fd.items() if lane.ready]
+    return at_once or [fd for fd, _ in poll.poll(deadline.left_s() * 1000)] or list(by_fd)
+
+
+def _answers(lane: Lane) -> Iterator[Arrived]:
+    """The next answer of a node, and those that came with it."""
+    while True:
+        yield from _tried(lane, lane.fetch)
+        yield from _tried(lane, lane.send)
+        if not lane.ready:
+            return
+
+
+def _tried(lane: Lane, act: Callable[[], Arrived | None]) -> Iterator[Arrived]:
+    try:
+        arrived = act()
+    except (DeadlineExceeded, Unreachable) as error:
+        yield from lane.fail(error)
+        return
+    if arrived is not None:
+        yield arrived
+
+
+def _account(lanes: list[Lane], traffic: Traffic) -> None:
+    traffic.rounds += 1
+    traffic.wire_bytes += sum(lane.end() for lane in lanes)
+    if lanes:
+        last = max(lanes, key=lambda lane: lane.ended_s)
+        traffic.kernel_s += last.kernel_s
+        traffic.network_s += max(0.0, last.ended_s - last.began_s - last.kernel_s)

@@ -1,0 +1,88 @@
+"""Spans as a client keeps them: what of one context a node attends for this session.
+
+A span is a node's table entry; it is opened when it is first needed, grows when further blocks
+come to the node, and is opened again when the session ended or its blocks were cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvfabric.errors import FabricError
+from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.types import BATCH_KEYS, Key, NamespaceId
+from kvfabric_client.attention.route import Block
+from kvfabric_client.attention.runs import Runs, joined
+from kvfabric_client.blocks import BlockShape
+from kvfabric_client.deadline import Deadline
+from kvfabric_client.link import Link
+
+CLOSE_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """One span of one session. `sequence`: it is all of it that lies there; else it is of keys."""
+
+    link: Link
+    namespace: NamespaceId
+    shape: BlockShape
+    value_dim: int
+    sequence: int = 0
+    id: int = 0  # 0: not opened yet
+    keys: dict[int, Key] = field(default_factory=dict)  # by their first token
+    runs: Runs = field(default_factory=list)  # of these
+
+    def ensure(self, blocks: Sequence[Block], deadline: Deadline) -> None:
+        """Opens it, or extends it by those of these blocks that it does not have."""
+        fresh = [block for block in blocks if block.start not in self.keys]
+        if self.sequence:
+            if not self.id:
+                self._call([], deadline)
+            return
+        for start in range(0, len(fresh), BATCH_KEYS):
+            some = fresh[start : start + BATCH_KEYS]
+            self._call(some, deadline)
+            self.keys.update((block.start, block.key) for block in some)
+        if fresh:
+            self.runs = joined([*self.runs, *((block.start, block.end) for block in fresh)])
+
+    def _call(self, blocks: Sequence[Block], deadline: Deadline) -> None:
+        form, full = self.shape.format, self.shape.block_tokens
+        request = node_pb2.OpenSpanRequest(
+            namespace_id=self.namespace,
+            format=types_pb2.Format(
+                dtype=form.dtype,
+                block_tokens=form.block_tokens,
+                packing=form.packing,
+                layers=form.layers,
+                kv_heads=form.kv_heads,
+                head_dim=form.head_dim,
+                kind=form.kind,
+            ),
+            value_dim=self.value_dim,
+            sequence=self.sequence,
+            keys=[block.key for block in blocks],
+            first_tokens=[block.start for block in blocks],
+            span=self.id,
+        )
+        if any(block.end - block.start < full for block in blocks):
+            request.tokens.extend(block.end - block.start for block in blocks)
+        answer = self.link.call("open_span", request, deadline.at_s)
+        self.id = answer.open_span_response.span
+
+    def holds_others(self, keys: dict[int, Key]) -> bool:
+        """Whether some of its blocks are not these any more, by their first tokens."""
+        return any(keys.get(first) != key for first, key in self.keys.items())
+
+    def close(self) -> None:
+        """Tells the node, which would forget it with the session."""
+        if not self.id or not self.link.alive():
+            return
+        request = node_pb2.CloseSpanRequest(spans=[self.id])
+        until_s = time.monotonic() + CLOSE_S
+        with contextlib.suppress(FabricError), self.link.connection(until_s) as connection:
+            connection.tell("close_span", request, until_s)
