@@ -35,6 +35,7 @@ def main() -> int:
         ("lend", "bytes that other nodes may borrow in all; default: half the memory"),
         ("loan-s", "a loan that is not renewed for so long is void"),
         ("recall-s", "how long debtors have when memory is wanted back"),
+        ("attention-threads", "threads that compute attention; 0: none; default: one per core"),
         ("keeper", "true: a process keeps the memory over a crash of this one (the default)"),
         ("keep-s", "for how many seconds it waits for the next start"),
         ("keep-on-stop", "true: it waits after an orderly stop, too"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO, Self
 
@@ -17,14 +18,22 @@ END_TIMEOUT_S = 10.0
 class Child:
     """`python -m MODULE ARGS`, in the bench's environment, so with the same settings.
 
+    `within`: the command that runs it, for a place of its own.
+
     `ready` is the object that the child printed as its first line. Leaving the context
     ends the child: it has END_TIMEOUT_S from SIGTERM on to end by itself.
     """
 
-    def __init__(self, module: str, *args: str, start_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        module: str,
+        *args: str,
+        start_timeout_s: float = 60.0,
+        within: Sequence[str] = (),
+    ) -> None:
         self._name = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *args],
+            [*within, sys.executable, "-m", module, *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from kvfabric.settings import parse_size
 from kvfabric_client.bench import datapath, engine
+from kvfabric_client.bench.attention import command as attention
 from kvfabric_client.bench.plan import NAMES, SIZES, Plan
 from kvfabric_client.bench.report import size_text
 from kvfabric_client.bench.rounds import Case
@@ -19,6 +20,7 @@ DEFAULT: Final = Plan()
 
 app = typer.Typer(help="Measure the fabric on this machine, each figure beside its limit.")
 app.command("engine")(engine.command)
+app.command("attention")(attention.command)
 
 
 @app.callback(invoke_without_command=True)

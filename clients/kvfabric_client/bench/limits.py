@@ -13,17 +13,9 @@ from typing import Self
 
 import numpy as np
 
+from kvfabric_client.bench.bare import BareSocket
 from kvfabric_client.bench.children import Child
-from kvfabric_client.bench.peer import (
-    ACK,
-    GET,
-    PING_BYTES,
-    PUT,
-    REQUEST,
-    Ring,
-    faulted_memory,
-    receive,
-)
+from kvfabric_client.bench.peer import PING_BYTES, Ring, faulted_memory, receive
 
 PEER = "kvfabric_client.bench.peer"
 
@@ -68,22 +60,12 @@ class Limits:
         return _copy(shared, buffers)
 
     def tcp_put(self, buffers: list[memoryview]) -> float:
-        """To the peer, which answers once it has all."""
-        answer = memoryview(bytearray(len(ACK)))
-        start = time.perf_counter()
-        self._tcp.sendall(REQUEST.pack(PUT, len(buffers), len(buffers[0])))
-        for buffer in buffers:
-            self._tcp.sendall(buffer)
-        receive(self._tcp, answer)
-        return time.perf_counter() - start
+        """To the peer: the limit of tcp_put."""
+        return self._tcp.put(buffers)
 
     def tcp_get(self, buffers: list[memoryview]) -> float:
-        """From the peer, on request."""
-        start = time.perf_counter()
-        self._tcp.sendall(REQUEST.pack(GET, len(buffers), len(buffers[0])))
-        for buffer in buffers:
-            receive(self._tcp, buffer)
-        return time.perf_counter() - start
+        """From the peer: the limit of tcp_get."""
+        return self._tcp.get(buffers)
 
     def ping(self) -> float:
         """A small message over the unix socket, and its answer."""
@@ -98,9 +80,8 @@ class Limits:
         peer = self._owned.enter_context(
             Child(PEER, "--pool-bytes", str(pool_bytes), "--unix", path)
         )
-        self._tcp = socket.create_connection(("127.0.0.1", int(str(peer.ready["port"]))))
+        self._tcp = BareSocket("127.0.0.1", int(str(peer.ready["port"])))
         self._owned.callback(self._tcp.close)
-        self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unix = socket.socket(socket.AF_UNIX)
         self._owned.callback(self._unix.close)
         self._unix.connect(path)

@@ -3,7 +3,8 @@
 It is started with `python -m kvfabric_client.bench.peer --pool-bytes N --unix PATH`,
 prints one JSON line with the port it listens on, and ends when its input does. On TCP
 it serves one request after another (`REQUEST`): bytes in, answered by `ACK`, or bytes
-out. On the unix socket it answers every `PING_BYTES` with as many.
+out, or a message that is answered by another. On the unix socket it answers every
+`PING_BYTES` with as many.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-REQUEST: Final = struct.Struct("<cIQ")  # PUT or GET, shards, bytes of one
+REQUEST: Final = struct.Struct("<cIQ")  # PUT or GET, shards, bytes of one; CALL: bytes both ways
 PUT: Final = b"P"
 GET: Final = b"G"
+CALL: Final = b"C"
 ACK: Final = b"A"
 PING_BYTES: Final = 64
 POPULATE_WRITE: Final = 23  # madvise: fault every page in, for writing
@@ -66,6 +68,10 @@ def serve_tcp(connection: socket.socket, ring: Ring) -> None:
     while True:
         receive(connection, memoryview(request))
         kind, shards, size_bytes = REQUEST.unpack(request)
+        if kind == CALL:
+            receive(connection, ring.take(shards))
+            connection.sendall(ring.take(size_bytes))
+            continue
         for _ in range(shards):
             if kind == PUT:
                 receive(connection, ring.take(size_bytes))
@@ -93,9 +99,10 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--pool-bytes", type=int, required=True)
     options.add_argument("--unix", required=True)
+    options.add_argument("--host", default="127.0.0.1")
     chosen = options.parse_args()
     ring = Ring(memoryview(faulted_memory(chosen.pool_bytes)))
-    tcp = socket.create_server(("127.0.0.1", 0))
+    tcp = socket.create_server((chosen.host, 0))
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(chosen.unix)
     unix.listen()

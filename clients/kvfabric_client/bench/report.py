@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -80,6 +80,32 @@ class AtLeast:
 
 
 @dataclass(frozen=True, slots=True)
+class AtMost:
+    """Reached when value / limit is at most `ratio`: for costs."""
+
+    ratio: float
+
+    def met(self, row: Row) -> bool:
+        return row.ratio <= self.ratio
+
+    def text(self, row: Row) -> str:
+        return f"<= {self.ratio:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reaches:
+    """Reached when the value itself is at least `value`, in the row's unit."""
+
+    value: float
+
+    def met(self, row: Row) -> bool:
+        return row.value >= self.value
+
+    def text(self, row: Row) -> str:
+        return f">= {self.value:g} {row.unit}"
+
+
+@dataclass(frozen=True, slots=True)
 class AtMostOver:
     """Reached when value - limit is at most `over`, in the row's unit: for times."""
 
@@ -94,11 +120,12 @@ class AtMostOver:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The rows of one run on one machine."""
+    """The rows of one run on one machine; `skipped` has the names of others, with the reason."""
 
     title: str
     rows: Sequence[Row]
     machine: dict[str, object]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> Table:
         """For people: the figures, their targets, and whether those are met.
@@ -112,11 +139,16 @@ class Report:
         table.add_column("met", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
+        if self.skipped:
+            table.caption = "\n".join(f"no {name}: {why}" for name, why in self.skipped.items())
         return table
 
     def to_json(self) -> str:
-        """For machines: {"rows": [...], "machine": {...}}."""
-        shape = {"rows": [row.as_json() for row in self.rows], "machine": self.machine}
+        """For machines: {"rows": [...], "machine": {...}}, and "skipped" where there is any."""
+        shape: dict[str, object] = {"rows": [row.as_json() for row in self.rows]}
+        shape["machine"] = self.machine
+        if self.skipped:
+            shape["skipped"] = self.skipped
         return json.dumps(shape, indent=2) + "\n"
 
     def write_json(self, path: Path) -> None:

@@ -29,6 +29,19 @@ class Case:
     target: Target | None = None
 
 
+def together(both: Callable[[], tuple[float, float]]) -> tuple[Measure, Measure]:
+    """A figure and its limit that are taken in one go, for a `Case` that asks for one by one."""
+    kept: dict[int, list[float]] = {0: [], 1: []}
+
+    def take(which: int) -> float:
+        if not kept[which]:
+            for each, figure in enumerate(both()):
+                kept[each].append(figure)
+        return kept[which].pop(0)
+
+    return lambda: take(0), lambda: take(1)
+
+
 def run_rounds(
     cases: Sequence[Case], rounds: int, advance: Callable[[Case], None] = lambda case: None
 ) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvfabric.errors import Unreachable
+from kvfabric_client.bench.bare import BareSocket
 from kvfabric_client.bench.children import Child
 from kvfabric_client.bench.limits import PEER, Limits
 from kvfabric_client.bench.peer import Ring
@@ -43,6 +45,16 @@ def test_what_a_limit_puts_it_gets(put: Move, get: Move) -> None:
 def test_a_ping_is_answered() -> None:
     with Limits(POOL_BYTES) as limits:
         assert limits.ping() > 0
+
+
+def test_a_call_over_the_bare_socket_brings_an_answer_of_the_size_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    with Child(PEER, "--pool-bytes", "4096", "--unix", str(tmp_path / "peer.sock")) as peer:
+        bare = BareSocket("127.0.0.1", int(str(peer.ready["port"])))
+        with contextlib.closing(bare):
+            assert bare.call(bytes(1000), memoryview(bytearray(3000))) > 0
+            assert bare.get([memoryview(bytearray(500))]) > 0  # nothing of the answer was left
 
 
 def test_a_ring_starts_again_where_a_slice_does_not_fit() -> None:

@@ -10,7 +10,16 @@ import pytest
 from rich.console import Console
 
 from kvfabric.errors import Refused
-from kvfabric_client.bench.report import AtLeast, AtMostOver, Report, Row, machine, size_text
+from kvfabric_client.bench.report import (
+    AtLeast,
+    AtMost,
+    AtMostOver,
+    Reaches,
+    Report,
+    Row,
+    machine,
+    size_text,
+)
 
 MIB = 1 << 20
 PUT = Row("shm_put", MIB, 3.0, "GB/s", 6.0, AtLeast(0.5))
@@ -21,7 +30,16 @@ SLOW_VIEW = Row("shm_view", MIB, 110.5, "us", 70.0, AtMostOver(40.0))
 
 @pytest.mark.parametrize(
     ("row", "met"),
-    [(PUT, True), (SLOW_PUT, False), (VIEW, True), (SLOW_VIEW, False)],
+    [
+        (PUT, True),
+        (SLOW_PUT, False),
+        (VIEW, True),
+        (SLOW_VIEW, False),
+        (Row("bytes", 0, 105.0, "B", 100.0, AtMost(1.05)), True),
+        (Row("bytes", 0, 106.0, "B", 100.0, AtMost(1.05)), False),
+        (Row("times", 0, 8.0, "x", 100.0, Reaches(8.0)), True),
+        (Row("times", 0, 7.9, "x", 1.0, Reaches(8.0)), False),
+    ],
 )
 def test_a_target_is_met_from_its_bound_on(row: Row, met: bool) -> None:
     assert row.met is met
@@ -70,6 +88,14 @@ def test_the_table_shows_the_target_beside_the_ratio() -> None:
     assert "no" in view
     assert " ".join(wide.split()).endswith("10.12 GB/s 10.12 1.00 >= 0.85 yes")
     assert "shm_get_unchecked" in wide
+
+
+def test_what_was_skipped_is_told_with_its_reason() -> None:
+    report = Report("data path", [PUT], {}, {"far": "network namespaces need root"})
+    assert json.loads(report.to_json())["skipped"] == {"far": "network namespaces need root"}
+    out = io.StringIO()
+    Console(file=out, width=80).print(report.table())
+    assert "no far: network namespaces need root" in " ".join(out.getvalue().split())
 
 
 def test_a_limit_of_nothing_is_refused() -> None:

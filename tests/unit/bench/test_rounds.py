@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from kvfabric.errors import Refused
-from kvfabric_client.bench.rounds import MIN_ROUNDS, Case, run_rounds
+from kvfabric_client.bench.rounds import MIN_ROUNDS, Case, run_rounds, together
 
 
 def _figures(log: list[str], name: str, figures: Iterable[float]) -> Callable[[], float]:
@@ -56,3 +56,9 @@ def test_all_cases_are_measured_in_every_round_and_progress_is_told() -> None:
 def test_too_few_rounds_are_refused() -> None:
     with pytest.raises(Refused, match=f"at least {MIN_ROUNDS}"):
         run_rounds([], MIN_ROUNDS - 1)
+
+
+def test_a_figure_and_its_limit_can_be_taken_in_one_go() -> None:
+    pairs = iter([(1.0, 10.0), (2.0, 20.0)])
+    measure, limit = together(lambda: next(pairs))
+    assert (limit(), measure(), measure(), limit()) == (10.0, 1.0, 2.0, 20.0)

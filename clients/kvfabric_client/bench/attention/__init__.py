@@ -1,0 +1,1 @@
+"""`kvfabric bench attention`: how fast KV is attended where it lies, beside the limits."""
