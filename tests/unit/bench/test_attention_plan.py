@@ -31,6 +31,7 @@ MIB = 1 << 20
         ("crossover", None),
         ("stacked_16x8k_bf16", AtLeast(4.0)),
         ("stacked_16x8k_fp32", AtLeast(1.8)),
+        ("wire_bytes", AtMost(1.05)),
     ],
 )
 def test_every_figure_has_the_target_that_was_set(name: str, target: Target | None) -> None:

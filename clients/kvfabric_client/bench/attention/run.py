@@ -20,12 +20,14 @@ from kvfabric_client.bench.attention.plan import (
     NAMES,
     REMOTE,
     STACKED,
+    WIRE,
     Plan,
 )
 from kvfabric_client.bench.attention.reading import Reader
 from kvfabric_client.bench.attention.remote import Remote
 from kvfabric_client.bench.attention.shapes import SHARD_BYTES
 from kvfabric_client.bench.attention.stacking import Stacking
+from kvfabric_client.bench.attention.wire import Wire
 from kvfabric_client.bench.bare import BareSocket
 from kvfabric_client.bench.children import Child
 from kvfabric_client.bench.limits import PEER
@@ -46,14 +48,16 @@ def run(plan: Plan, advance: Advance = lambda case: None) -> Report:
     rows: list[Row] = []
     facts = machine(["torch"])
     skipped: dict[str, str] = {}
-    here = [name for name in plan.names if name not in FETCH_LIMITED]
-    if here:
+    if set(plan.names) - {*FETCH_LIMITED, WIRE}:
         rows += _here(plan, advance, facts)
     if limited := plan.named(FETCH_LIMITED):
         try:
             rows += _limited(plan, limited, advance)
         except Refused as error:
             skipped |= dict.fromkeys(limited, str(error))
+    if counted := plan.named([WIRE]):
+        with contextlib.closing(Wire()) as wire:
+            rows += run_rounds(wire.cases(counted), plan.rounds, advance)
     rows.sort(key=lambda row: NAMES.index(row.name))
     return Report("kvfabric attention", rows, facts, skipped)
 
