@@ -6,8 +6,9 @@ engine's thread, and answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from kvfabric.attention.shape import AttentionShape, attention_shape
 from kvfabric.errors import Conflict, Denied, Refused, Unsupported
@@ -36,7 +37,7 @@ class AttentionCalls:
         self._handler = handler
         self._core = handler.core
         self._engine = engine
-        self._kernels = kernels
+        self._compute = partial(compute, kernels=kernels)
         handler.metrics.attention.kernels = kernels.flows
         handler.metrics.gauges["spans"] = lambda: spans.count
 
@@ -88,12 +89,12 @@ class AttentionCalls:
     ) -> None:
         self.spans.close(session, request.spans)
 
-    async def attend(
+    def attend(
         self,
         session: Session,
         request: node_pb2.AttendRequest,
         response: node_pb2.AttendResponse,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         engine = self._admit(session)
         opened = self._opened(session, request.queries)
         options = asking.options_of(request, opened[0][0].shape)
@@ -102,15 +103,24 @@ class AttentionCalls:
         reading = self._core.begin_reading(
             [extent for one in attend.asked for extent in one.here.extents]
         )
-        await engine.run(
-            Task(
-                attend,
-                options,
-                self._handler.clock.now() + seconds(request.deadline_ms),
-                partial(compute, kernels=self._kernels),
-                partial(self._core.end_reading, reading),
-            )
+        task = Task(
+            attend,
+            options,
+            self._handler.clock.now() + seconds(request.deadline_ms),
+            self._compute,
+            partial(self._core.end_reading, reading),
         )
+        engine.submit(task)
+        return self._answer(task, attend, cuts, response)
+
+    async def _answer(
+        self,
+        task: Task,
+        attend: Attend,
+        cuts: Sequence[tuple[OpenSequence, int]],
+        response: node_pb2.AttendResponse,
+    ) -> None:
+        await task.computed()
         for sequence, count in cuts:
             if not sequence.open or sequence.cuts != count:  # its open blocks are written anew
                 raise Conflict(

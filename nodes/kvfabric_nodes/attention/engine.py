@@ -43,6 +43,12 @@ class Task:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    async def computed(self) -> None:
+        """Raises what kept it from it: Retry where its deadline passed first."""
+        await self.done
+        if self.error is not None:
+            raise self.error
+
 
 class Engine:
     """All methods on the loop."""
@@ -57,8 +63,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="kvfabric-attention", daemon=True)
         self._thread.start()
 
-    async def run(self, task: Task) -> None:
-        """Returns when it is computed. Retry where too many wait, or its deadline passes first."""
+    def submit(self, task: Task) -> None:
+        """To be computed, whether somebody waits for it or not. Retry where too many wait."""
         if len(self._waiting) >= MAX_WAITING:
             task.finish()
             self._tally.refusals["full"] += 1
@@ -67,9 +73,6 @@ class Engine:
         with self._changed:
             self._waiting.append(task)
             self._changed.notify()
-        await task.done
-        if task.error is not None:
-            raise task.error
 
     async def close(self) -> None:
         """Ends the thread, once what it computes is done."""

@@ -26,6 +26,7 @@ class Blocks:
     first: Longs
     end: Longs
     extents: list[Extent]
+    gapless: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,23 +63,55 @@ def blocks_of(rows: Sequence[tuple[int, int, int, Extent]]) -> Blocks:
     """Of (address, first position, end, extent) by ascending position."""
     columns = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
     address, first, end = np.ascontiguousarray(columns.T)
-    return Blocks(address, first, end, [row[3] for row in rows])
+    gapless = bool((first[1:] == end[:-1]).all())
+    return Blocks(address, first, end, [row[3] for row in rows], gapless)
 
 
 def joined(blocks: Blocks, behind: Blocks) -> Blocks:
     """Blocks, and others behind them."""
     if not behind.extents:
         return blocks
+    if not blocks.extents:
+        return behind
     return Blocks(
         np.concatenate([blocks.address, behind.address]),
         np.concatenate([blocks.first, behind.first]),
         np.concatenate([blocks.end, behind.end]),
         blocks.extents + behind.extents,
+        blocks.gapless and behind.gapless and bool(blocks.end[-1] == behind.first[0]),
     )
 
 
 def cut(blocks: Blocks, ranges: Sequence[Range]) -> Cut:
     """The parts of blocks that lie within ascending ranges."""
+    if len(ranges) == 1 and blocks.gapless:
+        return _cut_out(blocks, *ranges[0])
+    return _cut(blocks, ranges)
+
+
+def _cut_out(blocks: Blocks, low: int, high: int) -> Cut:
+    """One range of blocks without a gap: a slice of their columns."""
+    begin = int(blocks.end.searchsorted(low, "right"))
+    behind = int(blocks.first.searchsorted(high, "left"))
+    if begin >= behind:
+        return Cut(Pieces(*[blocks.address[:0]] * 4), [], [(low, high)] if low < high else [])
+    first, end = blocks.first[begin:behind], blocks.end[begin:behind]
+    skipped = np.zeros(behind - begin, np.int64)
+    gaps = [(low, int(first[0])), (int(end[-1]), high)]
+    if first[0] < low:
+        first = first.copy()
+        skipped[0], first[0] = low - first[0], low
+    if end[-1] > high:
+        end = end.copy()
+        end[-1] = high
+    return Cut(
+        Pieces(blocks.address[begin:behind], skipped, first, end),
+        blocks.extents[begin:behind],
+        [gap for gap in gaps if gap[0] < gap[1]],
+    )
+
+
+def _cut(blocks: Blocks, ranges: Sequence[Range]) -> Cut:
     asked = np.array(ranges, np.int64).reshape(-1, 2)
     low, high = asked[:, 0], asked[:, 1]
     begin = np.searchsorted(blocks.end, low, "right")
@@ -87,9 +120,7 @@ def cut(blocks: Blocks, ranges: Sequence[Range]) -> Cut:
     before = np.cumsum(counts) - counts  # pieces of earlier ranges
     index = np.arange(len(which)) + np.repeat(begin - before, counts)
     starts = blocks.first[index]
-    extents = blocks.extents
-    if len(asked) != 1 or len(index) != len(extents):  # else all of them
-        extents = [extents[i] for i in index.tolist()]
+    extents = [blocks.extents[i] for i in index.tolist()]
     first = np.maximum(starts, low[which])
     end = np.minimum(blocks.end[index], high[which])
     pieces = Pieces(blocks.address[index], first - starts, first, end)
