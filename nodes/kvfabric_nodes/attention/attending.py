@@ -55,7 +55,7 @@ def compute(attends: Sequence[Attend], kernels: Kernels) -> None:
         for attend in dict.fromkeys(queries[i][0] for i in stack.queries):
             attend.kernel = done.kernel
             attend.kernel_s += done.seconds
-            attend.read_bytes += job.read_bytes
+            attend.read_bytes += done.read_bytes
             attend.stacked = max(attend.stacked, len(stack.queries))
     for (attend, one), found in zip(queries, parts, strict=True):
         attend.parts.append(combine(found) if found else _nothing(options, one))

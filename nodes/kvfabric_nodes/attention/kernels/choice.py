@@ -74,20 +74,10 @@ class Choice:
         return self._classes.setdefault(kind, _Class())
 
 
-def kind_of(work: Work) -> Hashable:
+def kind_of(work: Work, read_bytes: int) -> Hashable:
     """Works of one kind have one shape, and sizes within a factor of 2."""
-    shape = work.shape
-    return (
-        shape.dtype,
-        work.query_dtype,
-        shape.kv_heads,
-        shape.key_dim,
-        shape.value_dim,
-        shape.block_tokens,
-        work.query_heads,
-        work.rows.bit_length(),
-        int(work.tokens.sum()).bit_length(),
-    )
+    sizes = (work.rows.bit_length(), read_bytes.bit_length())
+    return (work.shape, work.query_dtype, work.query_heads, bool(work.softcap), *sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +85,7 @@ class Computed:
     partial: Partial
     kernel: str
     seconds: float
+    read_bytes: int
 
 
 class Kernels:
@@ -117,12 +108,13 @@ class Kernels:
 
     def attend(self, work: Work) -> Computed:
         able = [name for name, kernel in self._measured.items() if not kernel.refuses(work)]
-        kind = kind_of(work)
+        read_bytes = work.read_bytes
+        kind = kind_of(work, read_bytes)
         kernel = self._measured[self._choice.pick(kind, able)] if able else self._otherwise
         began_s = self._now()
         partial = kernel.attend(work)
         elapsed_s = self._now() - began_s
-        self.flows[kernel.name].add(work.read_bytes, elapsed_s)
+        self.flows[kernel.name].add(read_bytes, elapsed_s)
         if able:
-            self._choice.note(kind, kernel.name, work.read_bytes / max(elapsed_s, 1e-9))
-        return Computed(partial, kernel.name, elapsed_s)
+            self._choice.note(kind, kernel.name, read_bytes / max(elapsed_s, 1e-9))
+        return Computed(partial, kernel.name, elapsed_s, read_bytes)

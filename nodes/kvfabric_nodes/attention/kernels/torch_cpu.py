@@ -42,7 +42,7 @@ class TorchKernel(FusedKernel):
             return "torch's op has no soft-cap"
         if work.query_dtype != "float32" and not self._only:
             return f"torch's op rounds weights and outputs to {work.query_dtype}"
-        if importlib.util.find_spec("torch") is None:
+        if not _installed():
             return "torch is not installed"
         loading = _loading()
         if self._only:
@@ -65,6 +65,11 @@ class TorchKernel(FusedKernel):
 
     def placed(self, tensor: Any) -> Any:
         return tensor
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 @functools.cache
