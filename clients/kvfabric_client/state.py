@@ -1,7 +1,7 @@
 """States: a small value under a name, replaced only by whoever knows the current version.
 
 The value is an immutable shard, so that a reader's snapshot stays what it was; the name's head
-points to it. A state lives at one node.
+points to it. A state lives at one node; its handle goes after it where it is moved.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvfabric.errors import Conflict, Refused, Retry
+from kvfabric.errors import Conflict, DeadlineExceeded, Refused, Retry, Unreachable
 from kvfabric.keys import content_key
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import DIGEST_BYTES, Key, Status
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_TRIES = 16  # of an update, against other writers
 PUT_TRIES = 10  # of a value that another is writing at the same time
 PUT_PAUSE_S = 0.002
+PAUSE_S = 0.01  # before a state that is on its way is asked for again; twice as long each time
+MOST_PAUSE_S = 0.25
 
 
 class StateConflict(Conflict):
@@ -48,7 +50,7 @@ class Snapshot:
 
 
 class State:
-    """Made by `Room.state`. Thread-safe: it holds nothing but the name."""
+    """Made by `Room.state`. Thread-safe: it holds the name, and where the state was last."""
 
     def __init__(self, room: Room, name: str | bytes, at: str = "") -> None:
         """A text, or bytes that are not 32, are hashed within the namespace."""
@@ -56,6 +58,7 @@ class State:
         hashed = isinstance(name, str) or len(raw) != DIGEST_BYTES
         self.name: bytes = content_key(room.id, raw) if hashed else raw
         self._room = room
+        self._first = at  # where it is looked for while nothing else is known
         self._at = at
 
     def version(self, *, timeout_s: float | None = None) -> tuple[int, Key]:
@@ -70,12 +73,12 @@ class State:
             head = self._read(deadline)
             if not head.key:
                 return Snapshot(head.version, Key(b""), None)
-            left_s = deadline.left_s()
-            (value,) = self._room.get([Key(head.key)], at=self._at, timeout_s=left_s)
+            at, left_s = self._at, deadline.left_s()
+            (value,) = self._room.get([Key(head.key)], at=at, timeout_s=left_s)
             if value is not None:
                 return Snapshot(head.version, Key(head.key), value)
-            if self._read(deadline).version == head.version:
-                break  # else it was replaced meanwhile
+            if self._read(deadline).version == head.version and self._at == at:
+                break  # else it was replaced or moved meanwhile
         raise Retry(f"the value of state {self.name.hex()[:16]} is lost; put it again")
 
     def swap(self, expected: int, key: Key | None, *, timeout_s: float | None = None) -> int:
@@ -103,18 +106,33 @@ class State:
         key = content_key(self._room.id, content.data)
         tries = 0
         while True:
-            (status,) = self._room.put(
-                [key], [content], layers=layers, at=self._at, timeout_s=deadline.left_s()
-            )
-            if status not in (Status.OK, Status.EXISTS):
-                raise Retry(f"{len(content)} bytes of a state were not stored: {status.name}")
+            self._store(key, content, layers, deadline)
             try:
                 return self.swap(expected, key, timeout_s=deadline.left_s())
-            except Refused:  # somebody else was still writing the same value, or it was evicted
+            except Refused:  # another was writing the same value, or it or the state is elsewhere
                 tries += 1
                 if tries > PUT_TRIES:
                     raise
                 time.sleep(PUT_PAUSE_S * tries)
+
+    def _store(self, key: Key, content: Bytes, layers: int, deadline: Deadline) -> None:
+        """Puts the value where the state is. A node that is being emptied takes nothing: it is
+        waited for until it has handed the state over."""
+        pauses = _Pauses(deadline)
+        while True:
+            at, left_s = self._at, deadline.left_s()
+            try:
+                (status,) = self._room.put([key], [content], layers=layers, at=at, timeout_s=left_s)
+                if status in (Status.OK, Status.EXISTS):
+                    return
+                failure = Retry(f"{len(content)} bytes of a state were not stored: {status.name}")
+                if status is Status.REFUSED:
+                    raise failure
+            except Unreachable as error:
+                failure = error
+            self._read(deadline)  # it may have been moved
+            if self._at == at and not pauses.take():
+                raise failure
 
     def update(
         self, change: Callable[[Bytes | None], Any], *, timeout_s: float | None = None
@@ -136,10 +154,89 @@ class State:
         return answer
 
     def _call(self, name: str, request: Any, deadline: Deadline) -> Any:
-        room = self._room
+        """Asks the node that has the state, wherever it has gone."""
+        pauses, before = _Pauses(deadline), ""
+        while True:
+            try:
+                answer = self._ask(name, request, self._at, deadline)
+                if not answer.node:
+                    return answer
+                there = self._address(answer.node, deadline)
+                if there == before:
+                    raise Retry(f"state {self.name.hex()[:16]} is on its way to node {answer.node}")
+                before, self._at = self._at, there
+            except _Away as error:
+                self._look_elsewhere(error, deadline)
+                if not pauses.take():
+                    raise
+            except (Unreachable, DeadlineExceeded):
+                raise
+            except Retry:  # it is on its way, or it is not known yet where it is
+                if not pauses.take():
+                    raise
+
+    def _ask(self, name: str, request: Any, at: str, deadline: Deadline) -> Any:
+        """The answer of the node at this address, or of the home node. A swap is sent once at
+        most: _Away where it was not."""
+        room, swap, sent = self._room, name == "swap_state", False
 
         def call(link: Link) -> Any:
+            nonlocal sent
             link.open(room.namespace, room.id, deadline.at_s)
+            if swap and sent:
+                raise DeadlineExceeded(
+                    f"the answer to a swap of state {self.name.hex()[:16]} was lost; read the "
+                    "state to see what became of it"
+                )
+            sent = True
             return getattr(link.call(name, request, deadline.at_s), f"{name}_response")
 
-        return room.with_node(self._at, call, deadline)
+        try:
+            return room.with_node(at, call, deadline)
+        except Unreachable as error:
+            if swap and sent:
+                raise
+            raise _Away(str(error)) from error
+
+    def _look_elsewhere(self, failure: _Away, deadline: Deadline) -> None:
+        """Nobody answers where it was: the home node may know where it is."""
+        if not self._at:
+            raise failure
+        request = node_pb2.ReadStateRequest(namespace_id=self._room.id, name=self.name)
+        said = self._ask("read_state", request, "", deadline)
+        if said.node:
+            self._at = self._address(said.node, deadline)
+        elif said.version:
+            self._at = ""
+        elif self._at != self._first:  # it has ended with that node
+            self._at = self._first
+        else:
+            raise failure
+
+    def _address(self, node: str, deadline: Deadline) -> str:
+        address = self._room.client.address_of(node, deadline)
+        if not address:
+            raise Retry(
+                f"state {self.name.hex()[:16]} is at node {node}, and nobody says how to reach it"
+            )
+        return address
+
+
+class _Away(Unreachable):
+    """No node was asked."""
+
+
+class _Pauses:
+    """Ever longer ones, within a deadline."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._next_s = PAUSE_S
+
+    def take(self) -> bool:
+        """Pauses; False, and at once, where the deadline would be over."""
+        if self._deadline.left_s() <= self._next_s:
+            return False
+        time.sleep(self._next_s)
+        self._next_s = min(MOST_PAUSE_S, 2 * self._next_s)
+        return True

@@ -28,6 +28,10 @@ POINTS: dict[str, str] = {
     "pull.sealed": "destination: has sealed a batch",
     "pull.reading": "source: has leased what is read",
     "drop.told": "source: was told to drop what was copied",
+    "state.frozen": "source: a state answers nobody, no other node knows of it",
+    "state.adopted": "destination: holds a state, its source does not know",
+    "state.agreed": "source: knows that a state is held elsewhere, and has not let go",
+    "state.left": "source: has let go of a state",
     "keep.handed": "source: who has the copies has taken pins and groups over, its own are here",
 }
 

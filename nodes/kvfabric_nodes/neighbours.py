@@ -23,8 +23,10 @@ from kvfabric_nodes.lending.seeking import Victims
 from kvfabric_nodes.lending.terms import Identity, Terms
 from kvfabric_nodes.orders.commands import Commands
 from kvfabric_nodes.orders.confirming import Confirming
+from kvfabric_nodes.orders.state_moves import StateMoves
 from kvfabric_nodes.reporting.heartbeat import Heartbeat
 from kvfabric_nodes.sequences.groups import Groups
+from kvfabric_nodes.sequences.states import States
 from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.settings import NodeSettings
 from kvfabric_nodes.store.shards import Shard
@@ -41,6 +43,7 @@ class Neighbours:
         on_core: OnCore,
         victims: Victims,
         groups: Groups,
+        states: States,
     ) -> None:
         self._handler = handler
         self.peers = Peers(settings.node, register.endpoints.host)
@@ -62,6 +65,10 @@ class Neighbours:
             self.lending, self.peers, self.puller, handler.clock, inquiries
         )
         self._open_lending()
+        poke = self.heartbeat.poke if self.heartbeat else _nobody
+        self.state_moves = StateMoves(handler, states, self.peers, self.puller, register, poke)
+        handler.offer({"adopt_state": self.state_moves.adopt_state})
+        self.commands.hand_over = self.state_moves.hand_over
 
     def learn_peer_token(self, token: bytes) -> None:
         """What the nodes of this fabric show each other, as the manager says."""
@@ -83,6 +90,7 @@ class Neighbours:
         ended = asyncio.get_running_loop().run_in_executor(None, self.peers.close)
         await self.puller.close()
         await self._confirming.close()
+        await self.state_moves.close()
         await self.lending_calls.close()
         await ended
 
@@ -119,6 +127,10 @@ class Neighbours:
         self.commands.registered()
         self.learn_peer_token(answer.peer_token)
         self.lending.me.incarnation = self._handler.metrics.incarnation
+
+
+def _nobody() -> None:
+    """There is no manager to be told."""
 
 
 def _note_lent(shard: Shard, what: str, now_s: float) -> None:

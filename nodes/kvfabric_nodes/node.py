@@ -38,6 +38,7 @@ from kvfabric_nodes.sequences.calls import SequenceCalls
 from kvfabric_nodes.sequences.core import Sequences
 from kvfabric_nodes.sequences.group_calls import GroupCalls
 from kvfabric_nodes.sequences.groups import Groups
+from kvfabric_nodes.sequences.state_calls import StateCalls
 from kvfabric_nodes.sequences.states import States
 from kvfabric_nodes.sequences.steps import Steps
 from kvfabric_nodes.serving.grpc_service import MAX_MESSAGE_BYTES, NodeService
@@ -68,6 +69,7 @@ class Node:
         self.endpoints = types_pb2.Endpoints(host=host_id())
         self.incarnation = time.time_ns()
         self._clock = clock or SystemClock()
+        self._began_s = self._clock.now()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._started: Future[None] = Future()
@@ -157,7 +159,13 @@ class Node:
             stack.callback(keeping.ends, keep=settings.keep_on_stop)
             register = self._registration(metrics)
             self.neighbours = Neighbours(
-                handler, settings, register, server.on_core, self.sequences.victims, self.groups
+                handler,
+                settings,
+                register,
+                server.on_core,
+                self.sequences.victims,
+                self.groups,
+                self.states,
             )
             stack.push_async_callback(self.neighbours.close)
             self._begin(self._tick(core, metrics))
@@ -170,11 +178,13 @@ class Node:
         # Numbered from the incarnation on: nobody takes another's for the one of an earlier start.
         self.sequences = Sequences(core, first_id=self.incarnation)
         self.groups = Groups(core, first_id=self.incarnation)
-        self.states = States(core, first_version=self.incarnation)
+        self.states = States(core, first_version=self.incarnation, began_s=self._began_s)
         self.steps = Steps()
         self.sequence_calls = SequenceCalls(handler, self.sequences, verifier)
-        self.group_calls = GroupCalls(handler, self.groups, self.states, self.steps)
-        handler.offer({**self.sequence_calls.calls(), **self.group_calls.calls()})
+        self.group_calls = GroupCalls(handler, self.groups, self.steps)
+        self.state_calls = StateCalls(handler, self.states)
+        for calls in (self.sequence_calls, self.group_calls, self.state_calls):
+            handler.offer(calls.calls())
 
     def _offer_attention(
         self, core: NodeCore, handler: Handler, stack: contextlib.AsyncExitStack
@@ -201,7 +211,9 @@ class Node:
             self.sequence_calls.room.make_room = neighbours.lending_calls.make_room
             self.group_calls.places = heartbeat.inquiries.places
             self.group_calls.fetch_home = neighbours.homing.fetch_home
+            self.state_calls.find = heartbeat.inquiries.find_state
             heartbeat.reports.sequences = self.sequences.columns
+            heartbeat.reports.heads = self.states.report
             heartbeat.reports.steps = self.steps.take
             self._begin(heartbeat.run())
 

@@ -192,6 +192,14 @@ def test_another_sessions_reservation_and_lease_are_out_of_reach(
     assert list(wire.commit(granted.reservation, checksums=ZEROS).statuses) == [Status.OK]
 
 
+def test_what_is_between_nodes_is_denied_to_clients(wire: Wire) -> None:
+    with pytest.raises(Denied, match="shows no peer_token"):
+        wire.call("adopt_state", node_pb2.AdoptStateRequest(namespace_id=ROOM, name=bytes(32)))
+    detached = node_pb2.OpenGroupRequest(namespace_id=ROOM, keys=[key_of(1)], detached=True)
+    with pytest.raises(Denied, match="only other nodes' groups"):
+        wire.call("open_group", detached)
+
+
 def test_a_refused_hello_leaves_no_session(shared_node: NodeProcess) -> None:
     with Wire(shared_node.unix, space=None) as wire:
         before = wire.stats().sessions

@@ -61,6 +61,7 @@ class Heartbeat:
     heat: control_pb2.Heat | None = None
     steps: control_pb2.StepSums | None = None
     links: tuple[control_pb2.Link, ...] = ()
+    heads: tuple[control_pb2.Heads, ...] = ()
 
 
 class Outcome(enum.Enum):

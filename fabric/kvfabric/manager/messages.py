@@ -23,6 +23,7 @@ MAX_LOANS = 16_384  # of one node's report, as are the next
 MAX_SEQUENCES = 4096
 MAX_HEAT = 4096
 MAX_LINKS = 4096
+MAX_HEADS = 131_072
 MIN_EXPLAIN_BYTES = 2
 MAX_LABELS = 32
 _LOAN_STATES = frozenset(int(state) for state in LoanState)
@@ -76,6 +77,7 @@ def heartbeat(request: control_pb2.HeartbeatRequest, stream: int) -> Heartbeat:
         heat=_heat(request),
         steps=request.steps if request.HasField("steps") else None,
         links=_links(request),
+        heads=_heads(request),
     )
 
 
@@ -254,6 +256,22 @@ def _links(request: control_pb2.HeartbeatRequest) -> tuple[control_pb2.Link, ...
     if len(request.links) > MAX_LINKS:
         raise Refused(f"{len(request.links)} links in one heartbeat are over {MAX_LINKS}")
     return tuple(request.links)
+
+
+def _heads(request: control_pb2.HeartbeatRequest) -> tuple[control_pb2.Heads, ...]:
+    names = 0
+    for heads in request.heads:
+        namespace_id(heads.namespace_id)
+        count, rest = divmod(len(heads.names), DIGEST_BYTES)
+        names += count
+        if rest or names > MAX_HEADS:
+            raise Refused(
+                f"{len(heads.names)} bytes of states' names: they have {DIGEST_BYTES} each, and a "
+                f"heartbeat tells of at most {MAX_HEADS}"
+            )
+        if heads.node:
+            node_id(heads.node)
+    return tuple(request.heads)
 
 
 def _columns(what: str, count: int, columns: Iterable[Sized], limit: int) -> None:

@@ -12,6 +12,7 @@ from kvfabric.manager.parts import Cluster
 from kvfabric.membership import Member, NodeState
 from kvfabric.moves.draining import Draining
 from kvfabric.moves.filling import Filling
+from kvfabric.moves.heads import Heads
 from kvfabric.moves.heat import Heat
 from kvfabric.moves.migrating import Migrating
 from kvfabric.moves.mover import Mover
@@ -33,9 +34,12 @@ class Moving:
         self.rules = Rules()
         self.heat = Heat()
         self.mover = Mover(cluster)
-        self.draining = Draining(cluster, self.mover, self.rules, self.heat, cluster.ledger)
-        self.migrating = Migrating(cluster, self.mover)
         begin_s = now_s + SETTLE_SILENCES * silence_s
+        self.heads = Heads(cluster, begin_s)
+        self.draining = Draining(
+            cluster, self.mover, self.rules, self.heat, cluster.ledger, self.heads
+        )
+        self.migrating = Migrating(cluster, self.mover)
         self.replicas = Replicas(cluster, self.mover, self.rules, begin_s)
         self._spreading = Spreading(cluster, self.mover, self.rules, self.heat, begin_s)
         self.pinning = Pinning(cluster, self.rules)
@@ -73,6 +77,8 @@ class Moving:
             for delta in event.added:
                 self.replicas.added(delta.namespace, delta.keys)
                 self.pinning.added(delta.namespace, delta.keys, now_s)
+        if event.heads or (event.full and not event.more):
+            self.heads.heard(event.node, event.heads, full=event.full)
         if event.added or event.removed or event.full:
             self.mover.heard(event.node, now_s)
             self.migrating.heard(event.node, now_s)
@@ -81,11 +87,13 @@ class Moving:
     def lost(self, node: NodeId, now_s: float) -> None:
         self._now_s = now_s
         self.draining.lost(node, now_s)
+        self.heads.lost(node)
         self.mover.lost(node, now_s)
         self.replicas.alarm(now_s)
 
     def tick(self, now_s: float) -> None:
         self._now_s = now_s
+        self.heads.tick(now_s)
         self.draining.tick(now_s)
         self.migrating.tick(now_s)
         self.replicas.tick(now_s)
@@ -99,6 +107,7 @@ class Moving:
             self.mover,
             self.rules,
             self.draining,
+            self.heads,
             self.replicas,
             self._spreading,
             self._filling,

@@ -32,6 +32,7 @@ from kvfabric.manager.lending_calls import LendingCalls
 from kvfabric.manager.moving_calls import MovingCalls
 from kvfabric.manager.planning import PLAN_S
 from kvfabric.manager.settings import ManagerSettings
+from kvfabric.manager.state_calls import StateCalls
 from kvfabric.manager.token import peer_token
 from kvfabric.membership import NodeState
 from kvfabric.metrics import MANAGER_METRICS, Metrics, MetricsServer
@@ -70,7 +71,9 @@ class _Stream:
 
 # Further groups of calls stand here, before gRPC's own class, which answers UNIMPLEMENTED;
 # each is a class of `Calls` in a file of its own.
-class ControlService(LendingCalls, MovingCalls, control_pb2_grpc.ControlServiceServicer):
+class ControlService(
+    LendingCalls, MovingCalls, StateCalls, control_pb2_grpc.ControlServiceServicer
+):
     """The calls of control.proto, answered by a core of its own. Errors become gRPC's."""
 
     def __init__(
@@ -85,6 +88,8 @@ class ControlService(LendingCalls, MovingCalls, control_pb2_grpc.ControlServiceS
         # Parts join the core here, in the order in which they are to be told.
         super().__init__(core, epoch, clock, metrics, store)
         self.load_rules()
+        if epoch == 1:  # the first on this store: no node has a state that was not heard of
+            core.moving.heads.sure_s = clock.now()
         self._settings = settings
         self._peer_token = peer_token(store)
         self.metrics_address = ""  # where they are served

@@ -15,6 +15,7 @@ from kvfabric.directory import Cursor, Lot, Place
 from kvfabric.errors import Broken
 from kvfabric.lending.ledger import Ledger
 from kvfabric.moves import sight
+from kvfabric.moves.heads import Heads
 from kvfabric.moves.heat import Heat
 from kvfabric.moves.migration import BATCH_KEYS, Kind, Move
 from kvfabric.moves.mover import MAX_MOVES, MAX_WAITING, Mover
@@ -26,6 +27,7 @@ MAX_DRAINS = MAX_MOVES // 4  # nodes that are being emptied at once; others wait
 ROUND_S = 1.0  # between the end of a walk over the node's keys and the next
 SLICE_KEYS = 16_384
 RESEND_S = 10.0  # of what is told to lend out, and to recall
+HAND_OVER_S = 2.0  # likewise of states: their clients wait
 LEND_FIRST_S = 5.0  # sequences are lent out before anything else is copied, for so long
 RECALL_DEADLINE_MS = 30_000
 CONFIRMATIONS = 2  # heartbeats after which a node has surely heard that it is to take nothing in
@@ -43,6 +45,8 @@ class _Emptying:
     round_s: float = 0.0  # the next walk begins
     lots: deque[Lot] = field(default_factory=deque)  # found and not yet taken up
     told_s: float = float("-inf")  # when sequences and loans were dealt with last
+    handed_s: float = float("-inf")  # when states were
+    handed: int = 0  # how often
 
 
 class Draining:
@@ -52,13 +56,20 @@ class Draining:
     """
 
     def __init__(
-        self, cluster: sight.Cluster, mover: Mover, rules: Rules, heat: Heat, ledger: Ledger
+        self,
+        cluster: sight.Cluster,
+        mover: Mover,
+        rules: Rules,
+        heat: Heat,
+        ledger: Ledger,
+        heads: Heads,
     ) -> None:
         self._cluster = cluster
         self._mover = mover
         self._rules = rules
         self._heat = heat
         self._ledger = ledger
+        self._heads = heads
         self._emptying: dict[NodeId, _Emptying] = {}
         self._sequences: dict[NodeId, control_pb2.Sequences] = {}
         self.changed: list[NodeId] = []
@@ -106,6 +117,7 @@ class Draining:
                 continue
             emptying = self._emptying.get(node) or self._begin(node, now_s)
             if emptying is not None and sight.live(self._cluster, node):
+                self._hand_over(emptying, now_s)
                 if now_s - emptying.told_s >= RESEND_S:
                     emptying.told_s = now_s
                     self._lend_out(node, now_s)
@@ -162,6 +174,7 @@ class Draining:
         counts = [
             (shards, "shards"),
             (len(sequences.sequence) if sequences else 0, "open sequences"),
+            (self._heads.count(node), "states"),
             (known.stats.reservations, "writes under way"),
             (known.stats.leases, "leases"),
             (known.stats.pins, "pins"),
@@ -283,6 +296,24 @@ class Draining:
             )
             command = control_pb2.Command(why=f"{node} is being drained", lend_out=what)
             self._cluster.order(node, command, now_s)
+
+    def _hand_over(self, emptying: _Emptying, now_s: float) -> None:
+        """The node's states go to another one; each time to the next, where one would not do."""
+        node = emptying.node
+        if now_s - emptying.handed_s < HAND_OVER_S or not self._heads.count(node):
+            return
+        size_bytes = sight.shard_bytes(self._cluster, node)
+        takers = self._mover.targets.best(node, (), size_bytes, now_s, evict=True)
+        if not takers:
+            return
+        destination = takers[emptying.handed % len(takers)]
+        what = control_pb2.Command.HandOver(
+            destination=destination, endpoints=self._cluster.members[destination].endpoints
+        )
+        command = control_pb2.Command(why=f"{node} is being drained", hand_over=what)
+        if self._cluster.order(node, command, now_s):
+            emptying.handed_s = now_s
+            emptying.handed += 1
 
     def _recall(self, node: NodeId, now_s: float) -> None:
         """What the node holds for others goes to other creditors, or home."""

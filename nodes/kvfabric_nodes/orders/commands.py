@@ -24,18 +24,23 @@ from kvfabric_nodes.store.promises import Session
 log = structlog.get_logger(__name__)
 
 Lend = Callable[[control_pb2.Command, int, float], None]
+HandOver = Callable[[control_pb2.Command.HandOver], None]
+"""Begins to hand the states of this node over."""
+
 Told = Callable[[Question, Collection[Key], Mapping[int, int]], None]
 Ask = Callable[[Question, Told], None]
 """Asks another node which keys it has; its answer is told later, or none of them: see Drops."""
 
 
 class Commands:
-    """See the module. On the core's thread. `lend` takes what is lending's: None, it has none."""
+    """See the module. On the core's thread. `lend` takes what is lending's: None, it has none;
+    `hand_over` likewise for states."""
 
     def __init__(
         self, handler: Handler, puller: Puller, ask: Ask, groups: Groups | None = None
     ) -> None:
         self.lend: Lend | None = None
+        self.hand_over: HandOver | None = None
         self.drops = Drops(handler.core, groups)
         self.on_dropped: list[Callable[[], object]] = []  # told when shards went by a command
         self._core = handler.core
@@ -62,6 +67,9 @@ class Commands:
                     self._cancel(command.cancel.move, epoch)
                 elif kind == "pin":
                     self._pin(command.pin)
+                elif kind == "hand_over":
+                    if self.hand_over is not None:
+                        self.hand_over(command.hand_over)
                 elif kind and self.lend is not None:
                     self.lend(command, epoch, self._clock.now())
             except FabricError as error:

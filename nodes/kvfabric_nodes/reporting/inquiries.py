@@ -81,6 +81,15 @@ class Inquiries:
         answer: control_pb2.BorrowResponse | None = await self._ask("Borrow", request)
         return answer
 
+    async def find_state(self, name: tuple[NamespaceId, bytes], make: bool) -> str | None:
+        """The node that has a state, empty for none; None: the manager does not know, or does not
+        answer. `make`: it is about to be made here, where there is none."""
+        request = control_pb2.FindStateRequest(
+            namespace_id=name[0], name=name[1], node=self._node, create=make
+        )
+        answer: control_pb2.FindStateResponse | None = await self._ask("FindState", request)
+        return None if answer is None or answer.unsure else answer.node
+
     async def endpoints(self, node: str) -> types_pb2.Endpoints | None:
         """How a node is reached, as the manager said last; None: it knows no such node."""
         if node not in self._endpoints:

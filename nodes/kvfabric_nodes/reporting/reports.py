@@ -26,6 +26,7 @@ class Reports:
         self.loans: Callable[[], control_pb2.Loans] | None = None
         self.sequences: Callable[[], control_pb2.Sequences] | None = None
         self.steps: Callable[[], control_pb2.StepSums | None] | None = None  # since it was asked
+        self.heads: Callable[..., list[control_pb2.Heads]] | None = None  # since it was asked
         self.rates: Callable[[], Mapping[str, int]] | None = None  # likewise, by peer
         self._core = core
         self._metrics = metrics
@@ -47,6 +48,8 @@ class Reports:
         last = control_pb2.HeartbeatRequest(
             inventory_count=core.shards.count, inventory_hash=core.inventory_hash
         )
+        if self.heads is not None:
+            last.heads.extend(self.heads(full=full))
         if full or regular:
             last.stats.CopyFrom(self._metrics.stats())
             self._put_books(last, full=full)

@@ -1,4 +1,4 @@
-"""The calls on groups, states and steps: checks what the messages say, and asks their cores."""
+"""The calls on groups and steps: checks what the messages say, and asks their cores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import structlog
 
-from kvfabric.errors import Denied, FabricError, Refused
+from kvfabric.errors import Denied, FabricError
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.sequences import groups
 from kvfabric_nodes.sequences.groups import Elsewhere, Group, Groups
-from kvfabric_nodes.sequences.states import Head, States
 from kvfabric_nodes.sequences.steps import Steps
 from kvfabric_nodes.serving.handler import Call, Handler, checked_keys
 from kvfabric_nodes.store.promises import Session
@@ -39,9 +38,8 @@ CallPeer = Callable[[str, types_pb2.Endpoints, str, Any, float], Awaitable[Any]]
 class GroupCalls:
     """See the module. `places` asks the manager; None: there is none, and no other node."""
 
-    def __init__(self, handler: Handler, groups: Groups, states: States, steps: Steps) -> None:
+    def __init__(self, handler: Handler, groups: Groups, steps: Steps) -> None:
         self.groups = groups
-        self.states = states
         self.steps = steps
         self.places: Places | None = None
         self.fetch_home: FetchHome | None = None
@@ -56,8 +54,6 @@ class GroupCalls:
         return {
             "open_group": self.open_group,
             "close_group": self.close_group,
-            "swap_state": self.swap_state,
-            "read_state": self.read_state,
             "report_steps": self.report_steps,
         }
 
@@ -158,34 +154,6 @@ class GroupCalls:
             with contextlib.suppress(FabricError):
                 await self.call_peer(place.node, endpoints, "close_group", request, CLOSE_S)
 
-    def swap_state(
-        self,
-        session: Session,
-        request: node_pb2.SwapStateRequest,
-        response: node_pb2.SwapStateResponse,
-    ) -> None:
-        if request.key:
-            checked_keys([request.key])
-        swapped, head = self.states.swap(
-            session,
-            NamespaceId(request.namespace_id),
-            _checked_name(request.name),
-            request.expected_version,
-            Key(request.key),
-            self._now(),
-        )
-        response.swapped = swapped
-        _put_head(response, head)
-
-    def read_state(
-        self,
-        session: Session,
-        request: node_pb2.ReadStateRequest,
-        response: node_pb2.ReadStateResponse,
-    ) -> None:
-        namespace = NamespaceId(request.namespace_id)
-        _put_head(response, self.states.read(session, namespace, _checked_name(request.name)))
-
     def report_steps(
         self,
         session: Session,
@@ -196,16 +164,3 @@ class GroupCalls:
 
     def _now(self) -> float:
         return self._handler.clock.now()
-
-
-def _checked_name(name: bytes) -> bytes:
-    if len(name) != 32:
-        raise Refused(f"a state's name of {len(name)} bytes; it has 32: hash what it is called")
-    return name
-
-
-def _put_head(
-    response: node_pb2.SwapStateResponse | node_pb2.ReadStateResponse, head: Head
-) -> None:
-    response.version = head.version
-    response.key = head.key

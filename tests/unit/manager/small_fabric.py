@@ -118,6 +118,7 @@ class SmallFabric:
         self.void_drops = 0  # nobody who was named had the shard
         self.given_up: set[Subject] = set()
         self.evicted: set[Subject] = set()
+        self.handed: list[control_pb2.Command.HandOver] = []  # what nodes were told
         self.most_in_flight = 0
         self.steps = 0
 
@@ -327,6 +328,8 @@ class SmallFabric:
             self._pull(node, command.pull)
         elif what == "drop":
             self._drop(node, command, issued_s)
+        elif what == "hand_over":
+            self.handed.append(command.hand_over)
         elif what == "lend_out":
             node.sequences[command.lend_out.sequence] = 0
         elif what == "pin":

@@ -18,7 +18,7 @@ from kvfabric.directory import Inventory
 from kvfabric.errors import Broken, Refused
 from kvfabric.manager import service
 from kvfabric.manager.epoch import EPOCH_KEY, next_epoch
-from kvfabric.manager.messages import MAX_LOCATE_KEYS, MAX_REPORT_KEYS
+from kvfabric.manager.messages import MAX_HEADS, MAX_LOCATE_KEYS, MAX_REPORT_KEYS
 from kvfabric.manager.service import MAX_MESSAGE_BYTES, ManagerServer, ManagerSettings
 from kvfabric.manager.token import TOKEN_BYTES, TOKEN_KEY, peer_token
 from kvfabric.rpc.v1 import control_pb2 as pb
@@ -119,6 +119,20 @@ def test_a_node_registers_reports_and_is_located(
     assert stub.Locate(asked, timeout=TIMEOUT_S) == pb.LocateResponse(
         place=[0], places=[home], epoch=1
     )
+
+
+def test_a_state_is_found_where_it_is_told_of(stub: control_pb2_grpc.ControlServiceStub) -> None:
+    stub.Register(registration(), timeout=TIMEOUT_S)
+    stub.Register(registration(node="n1"), timeout=TIMEOUT_S)
+    request = pb.FindStateRequest(namespace_id=ROOM, name=bytes(32), node="n1", create=True)
+    assert stub.FindState(request, timeout=TIMEOUT_S) == pb.FindStateResponse()  # the first epoch
+
+    stream = Stream(stub)
+    told = beat(1, [])
+    told.heads.add(namespace_id=ROOM, names=bytes(32))
+    stream.ask(told)
+    assert stub.FindState(request, timeout=TIMEOUT_S).node == "n0"
+    stream.close()
 
 
 def test_operators_see_nodes_and_numbers(stub: control_pb2_grpc.ControlServiceStub) -> None:
@@ -322,6 +336,15 @@ def explain(**fields: object) -> Call:
     return lambda stub: stub.Explain(request, timeout=TIMEOUT_S)
 
 
+def find_state(**fields: object) -> Call:
+    request = pb.FindStateRequest(**fields)  # type: ignore[arg-type]
+    return lambda stub: stub.FindState(request, timeout=TIMEOUT_S)
+
+
+def heads(**fields: object) -> Call:
+    return heartbeat(heads=[pb.Heads(**fields)])  # type: ignore[arg-type]
+
+
 def added(**changes: object) -> list[pb.Inventory]:
     inventory = inventory_of(KEYS[:2])
     inventory.MergeFrom(pb.Inventory(**changes))  # type: ignore[arg-type]
@@ -358,6 +381,17 @@ REFUSED = grpc.StatusCode.INVALID_ARGUMENT
             REFUSED,
             "65537 keys in one heartbeat are over 65536; set `more`",
         ),
+        (heads(namespace_id=b"x"), REFUSED, "a namespace id is 32 bytes, not 1"),
+        (heads(namespace_id=ROOM, names=b"x"), REFUSED, "1 bytes of states' names"),
+        (
+            heads(namespace_id=ROOM, names=bytes(32 * (MAX_HEADS + 1))),
+            REFUSED,
+            "a heartbeat tells of at most 131072",
+        ),
+        (heads(namespace_id=ROOM, names=bytes(32), node="../n0"), REFUSED, "cannot name a node"),
+        (find_state(namespace_id=ROOM, name=b"x", node="n0"), REFUSED, "1 bytes; it has 32"),
+        (find_state(namespace_id=b"x", name=bytes(32), node="n0"), REFUSED, "32 bytes, not 1"),
+        (find_state(namespace_id=ROOM, name=bytes(32)), REFUSED, "'' cannot name a node"),
         (explain(key=b"x"), REFUSED, "first 2 to 32 bytes are needed to explain it, not 1"),
         (explain(key=b"x" * 33), REFUSED, "not 33"),
         (explain(key=b"xxxx", namespace_id=b"x"), REFUSED, "a namespace id is 32 bytes, not 1"),

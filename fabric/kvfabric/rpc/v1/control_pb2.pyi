@@ -276,6 +276,7 @@ class HeartbeatRequest(_message.Message):
     HEAT_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     incarnation: _builtins.int
     sequence: _builtins.int
@@ -316,6 +317,12 @@ class HeartbeatRequest(_message.Message):
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
         """rates measured since the last heartbeat"""
 
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Heads]:
+        """What changed of the node's states since the last heartbeat; in a full report
+        all that it has, and those that went from it to others.
+        """
+
     def __init__(
         self,
         *,
@@ -334,14 +341,48 @@ class HeartbeatRequest(_message.Message):
         heat: Global___Heat | None = ...,
         steps: Global___StepSums | None = ...,
         links: _abc.Iterable[Global___Link] | None = ...,
+        heads: _abc.Iterable[Global___Heads] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heat", b"heat", "loans", b"loans", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "full", b"full", "heat", b"heat", "incarnation", b"incarnation", "inventory_count", b"inventory_count", "inventory_hash", b"inventory_hash", "links", b"links", "loans", b"loans", "more", b"more", "node", b"node", "removed", b"removed", "sequence", b"sequence", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "full", b"full", "heads", b"heads", "heat", b"heat", "incarnation", b"incarnation", "inventory_count", b"inventory_count", "inventory_hash", b"inventory_hash", "links", b"links", "loans", b"loans", "more", b"more", "node", b"node", "removed", b"removed", "sequence", b"sequence", "sequences", b"sequences", "stats", b"stats", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class Heads(_message.Message):
+    """States of one namespace that share their fate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    names: _builtins.bytes
+    """32 bytes each"""
+    gone: _builtins.bool
+    """not here any more"""
+    node: _builtins.str
+    """of those gone: where they went; empty: they were removed"""
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        names: _builtins.bytes = ...,
+        gone: _builtins.bool = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone", "names", b"names", "namespace_id", b"namespace_id", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heads: _TypeAlias = Heads  # noqa: Y015
 
 @_typing.final
 class Loans(_message.Message):
@@ -787,6 +828,31 @@ class Command(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class HandOver(_message.Message):
+        """Hand the heads of all states over to another node."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DESTINATION_FIELD_NUMBER: _builtins.int
+        ENDPOINTS_FIELD_NUMBER: _builtins.int
+        destination: _builtins.str
+        @_builtins.property
+        def endpoints(self) -> _types_pb2.Endpoints:
+            """the destination's"""
+
+        def __init__(
+            self,
+            *,
+            destination: _builtins.str = ...,
+            endpoints: _types_pb2.Endpoints | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "endpoints", b"endpoints"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
@@ -796,6 +862,7 @@ class Command(_message.Message):
     BRING_HOME_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     why: _builtins.str
     @_builtins.property
@@ -812,6 +879,8 @@ class Command(_message.Message):
     def pin(self) -> Global___Command.Pin: ...
     @_builtins.property
     def cancel(self) -> Global___Command.Cancel: ...
+    @_builtins.property
+    def hand_over(self) -> Global___Command.HandOver: ...
     def __init__(
         self,
         *,
@@ -824,12 +893,13 @@ class Command(_message.Message):
         bring_home: Global___Command.BringHome | None = ...,
         pin: Global___Command.Pin | None = ...,
         cancel: Global___Command.Cancel | None = ...,
+        hand_over: Global___Command.HandOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "hand_over", b"hand_over", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "id", b"id", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring_home", b"bring_home", "cancel", b"cancel", "drop", b"drop", "hand_over", b"hand_over", "id", b"id", "lend_out", b"lend_out", "pin", b"pin", "pull", b"pull", "recall", b"recall", "what", b"what", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["pull", "drop", "lend_out", "recall", "bring_home", "pin", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["pull", "drop", "lend_out", "recall", "bring_home", "pin", "cancel", "hand_over"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
@@ -1671,6 +1741,60 @@ class ListPlansResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListPlansResponse: _TypeAlias = ListPlansResponse  # noqa: Y015
+
+@_typing.final
+class FindStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    CREATE_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    name: _builtins.bytes
+    node: _builtins.str
+    """that asks"""
+    create: _builtins.bool
+    """It is about to be made there: whoever asks within the next seconds is sent there."""
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        name: _builtins.bytes = ...,
+        node: _builtins.str = ...,
+        create: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "name", b"name", "namespace_id", b"namespace_id", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindStateRequest: _TypeAlias = FindStateRequest  # noqa: Y015
+
+@_typing.final
+class FindStateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    UNSURE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """empty: none has it"""
+    unsure: _builtins.bool
+    """the manager was started a moment ago, and has not heard all nodes"""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        unsure: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "unsure", b"unsure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindStateResponse: _TypeAlias = FindStateResponse  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):

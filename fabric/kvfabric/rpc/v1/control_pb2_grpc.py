@@ -54,6 +54,11 @@ class ControlServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.FindState = channel.unary_unary(
+                '/kvfabric.rpc.v1.ControlService/FindState',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/kvfabric.rpc.v1.ControlService/Stats',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ControlServiceStatsRequest.SerializeToString,
@@ -152,6 +157,13 @@ class ControlServiceServicer(object):
 
     def ListNodes(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindState(self, request, context):
+        """Which node has a state, for nodes that have it not.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -271,6 +283,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'FindState': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindState,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -451,6 +468,33 @@ class ControlService(object):
             '/kvfabric.rpc.v1.ControlService/ListNodes',
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_control__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.ControlService/FindState',
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_control__pb2.FindStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class ControlServiceStub:
     Locate: _grpc.UnaryUnaryMultiCallable[_control_pb2.LocateRequest, _control_pb2.LocateResponse]
     """Where keys lie, in one batch."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListNodesRequest, _control_pb2.ListNodesResponse]
+    FindState: _grpc.UnaryUnaryMultiCallable[_control_pb2.FindStateRequest, _control_pb2.FindStateResponse]
+    """Which node has a state, for nodes that have it not."""
     Stats: _grpc.UnaryUnaryMultiCallable[_control_pb2.ControlServiceStatsRequest, _control_pb2.ControlServiceStatsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ControlServiceExplainRequest, _control_pb2.ControlServiceExplainResponse]
     Borrow: _grpc.UnaryUnaryMultiCallable[_control_pb2.BorrowRequest, _control_pb2.BorrowResponse]
@@ -74,6 +76,8 @@ class ControlServiceAsyncStub(ControlServiceStub):
     Locate: _aio.UnaryUnaryMultiCallable[_control_pb2.LocateRequest, _control_pb2.LocateResponse]  # type: ignore[assignment]
     """Where keys lie, in one batch."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_control_pb2.ListNodesRequest, _control_pb2.ListNodesResponse]  # type: ignore[assignment]
+    FindState: _aio.UnaryUnaryMultiCallable[_control_pb2.FindStateRequest, _control_pb2.FindStateResponse]  # type: ignore[assignment]
+    """Which node has a state, for nodes that have it not."""
     Stats: _aio.UnaryUnaryMultiCallable[_control_pb2.ControlServiceStatsRequest, _control_pb2.ControlServiceStatsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ControlServiceExplainRequest, _control_pb2.ControlServiceExplainResponse]  # type: ignore[assignment]
     Borrow: _aio.UnaryUnaryMultiCallable[_control_pb2.BorrowRequest, _control_pb2.BorrowResponse]  # type: ignore[assignment]
@@ -129,6 +133,14 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ListNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ListNodesResponse, _abc.Awaitable[_control_pb2.ListNodesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FindState(
+        self,
+        request: _control_pb2.FindStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.FindStateResponse, _abc.Awaitable[_control_pb2.FindStateResponse]]:
+        """Which node has a state, for nodes that have it not."""
 
     @_abc_1.abstractmethod
     def Stats(

@@ -1599,21 +1599,25 @@ class SwapStateResponse(_message.Message):
     SWAPPED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     swapped: _builtins.bool
     version: _builtins.int
     """now"""
     key: _builtins.bytes
     """now; empty: none"""
+    node: _builtins.str
+    """not here, but there: nothing was changed"""
     def __init__(
         self,
         *,
         swapped: _builtins.bool = ...,
         version: _builtins.int = ...,
         key: _builtins.bytes = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "swapped", b"swapped", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "node", b"node", "swapped", b"swapped", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1647,22 +1651,100 @@ class ReadStateResponse(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    FROZEN_MS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """0: none"""
     key: _builtins.bytes
+    node: _builtins.str
+    """not here, but there"""
+    offer: _builtins.int
+    """To other nodes only, as long as the head is offered to one, and when it went there:"""
+    frozen_ms: _builtins.int
+    """for so long at least nobody is answered; 0: it went there"""
+    incarnation: _builtins.int
+    """of the node that answers"""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         key: _builtins.bytes = ...,
+        node: _builtins.str = ...,
+        offer: _builtins.int = ...,
+        frozen_ms: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen_ms", b"frozen_ms", "incarnation", b"incarnation", "key", b"key", "node", b"node", "offer", b"offer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadStateResponse: _TypeAlias = ReadStateResponse  # noqa: Y015
+
+@_typing.final
+class AdoptStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    namespace_id: _builtins.bytes
+    name: _builtins.bytes
+    version: _builtins.int
+    key: _builtins.bytes
+    """fetched from the source, where it is not here"""
+    source: _builtins.str
+    """the node that has the head"""
+    incarnation: _builtins.int
+    """the source's"""
+    offer: _builtins.int
+    """the source gives each number once"""
+    @_builtins.property
+    def endpoints(self) -> _types_pb2.Endpoints:
+        """the source's"""
+
+    def __init__(
+        self,
+        *,
+        namespace_id: _builtins.bytes = ...,
+        name: _builtins.bytes = ...,
+        version: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+        source: _builtins.str = ...,
+        endpoints: _types_pb2.Endpoints | None = ...,
+        incarnation: _builtins.int = ...,
+        offer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "incarnation", b"incarnation", "key", b"key", "name", b"name", "namespace_id", b"namespace_id", "offer", b"offer", "source", b"source", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptStateRequest: _TypeAlias = AdoptStateRequest  # noqa: Y015
+
+@_typing.final
+class AdoptStateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptStateResponse: _TypeAlias = AdoptStateResponse  # noqa: Y015
 
 @_typing.final
 class OpenSpanRequest(_message.Message):

@@ -159,6 +159,11 @@ class NodeServiceStub(object):
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
                 _registered_method=True)
+        self.AdoptState = channel.unary_unary(
+                '/kvfabric.rpc.v1.NodeService/AdoptState',
+                request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateResponse.FromString,
+                _registered_method=True)
         self.OpenSpan = channel.unary_unary(
                 '/kvfabric.rpc.v1.NodeService/OpenSpan',
                 request_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.OpenSpanRequest.SerializeToString,
@@ -405,6 +410,14 @@ class NodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdoptState(self, request, context):
+        """Between nodes only. The head of a state goes to the node that is asked, which
+        answers when it has its shard, and serves it once the source has let go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenSpan(self, request, context):
         """Attention where the KV lies. A span is what of a context this node attends;
         see proto/README.md, "Attention".
@@ -633,6 +646,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ReadState,
                     request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.FromString,
                     response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.SerializeToString,
+            ),
+            'AdoptState': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptState,
+                    request_deserializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateRequest.FromString,
+                    response_serializer=kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateResponse.SerializeToString,
             ),
             'OpenSpan': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenSpan,
@@ -1380,6 +1398,33 @@ class NodeService(object):
             '/kvfabric.rpc.v1.NodeService/ReadState',
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateRequest.SerializeToString,
             kvfabric_dot_rpc_dot_v1_dot_node__pb2.ReadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.rpc.v1.NodeService/AdoptState',
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateRequest.SerializeToString,
+            kvfabric_dot_rpc_dot_v1_dot_node__pb2.AdoptStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

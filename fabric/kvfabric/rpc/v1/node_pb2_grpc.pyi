@@ -86,6 +86,10 @@ class NodeServiceStub:
     SwapState: _grpc.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]
     """A versioned head that points to an immutable shard."""
     ReadState: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]
+    AdoptState: _grpc.UnaryUnaryMultiCallable[_node_pb2.AdoptStateRequest, _node_pb2.AdoptStateResponse]
+    """Between nodes only. The head of a state goes to the node that is asked, which
+    answers when it has its shard, and serves it once the source has let go.
+    """
     OpenSpan: _grpc.UnaryUnaryMultiCallable[_node_pb2.OpenSpanRequest, _node_pb2.OpenSpanResponse]
     """Attention where the KV lies. A span is what of a context this node attends;
     see proto/README.md, "Attention".
@@ -176,6 +180,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     SwapState: _aio.UnaryUnaryMultiCallable[_node_pb2.SwapStateRequest, _node_pb2.SwapStateResponse]  # type: ignore[assignment]
     """A versioned head that points to an immutable shard."""
     ReadState: _aio.UnaryUnaryMultiCallable[_node_pb2.ReadStateRequest, _node_pb2.ReadStateResponse]  # type: ignore[assignment]
+    AdoptState: _aio.UnaryUnaryMultiCallable[_node_pb2.AdoptStateRequest, _node_pb2.AdoptStateResponse]  # type: ignore[assignment]
+    """Between nodes only. The head of a state goes to the node that is asked, which
+    answers when it has its shard, and serves it once the source has let go.
+    """
     OpenSpan: _aio.UnaryUnaryMultiCallable[_node_pb2.OpenSpanRequest, _node_pb2.OpenSpanResponse]  # type: ignore[assignment]
     """Attention where the KV lies. A span is what of a context this node attends;
     see proto/README.md, "Attention".
@@ -413,6 +421,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.ReadStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ReadStateResponse, _abc.Awaitable[_node_pb2.ReadStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AdoptState(
+        self,
+        request: _node_pb2.AdoptStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.AdoptStateResponse, _abc.Awaitable[_node_pb2.AdoptStateResponse]]:
+        """Between nodes only. The head of a state goes to the node that is asked, which
+        answers when it has its shard, and serves it once the source has let go.
+        """
 
     @_abc_1.abstractmethod
     def OpenSpan(
