@@ -339,7 +339,7 @@ def test_what_a_group_keeps_is_kept_where_it_is_moved_until_the_group_ends(
         until(lambda: not any(node.tier().claimed_bytes for node in nodes), "nothing is kept")
 
 
-def test_policies_and_pins_outlive_the_manager(
+def test_policies_counts_and_pins_outlive_the_manager(
     tmp_path: Path,
     processes: list[Process],
     manager: ManagerProcess,
@@ -351,16 +351,19 @@ def test_policies_and_pins_outlive_the_manager(
     keys = [key_of(number) for number in range(4)]
     pinned = [key.hex() for key in keys[:2]]
     assert kvfabric("pin", *pinned, "--namespace", space())[0] == 0
+    own = ("--namespace", space(), "--count")
+    assert kvfabric("replicas", keys[2].hex(), *own, "1")[0] == 0
+    assert kvfabric("replicas", keys[3].hex(), *own, "3")[0] == 0
     manager.kill()
     again = ManagerProcess(tmp_path, manager.address, *FAST)
     processes.append(again)
 
     put(nodes[0], keys)
 
-    def replicas() -> int:
-        return sum(node.tier().shards for node in nodes)
+    def counts() -> list[int]:
+        return [len(nodes) for nodes in control.places(ROOM, keys, soon())]
 
-    until(lambda: replicas() == 8, "each has two replicas", timeout_s=40.0)
+    until(lambda: counts() == [2, 2, 1, 3], "each has its replicas", timeout_s=40.0)
     until(lambda: sum(node.stats().pins for node in nodes) == 4, "each replica is pinned")
     assert kvfabric("pin", *pinned, "--namespace", space(), "--unpin")[0] == 0
     until(lambda: not any(node.stats().pins for node in nodes), "none is pinned")
