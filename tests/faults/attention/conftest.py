@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvfabric_client.attention.answers import Attended
 from numpy.typing import NDArray
 from tests.faults.conftest import Process, until
 from tests.faults.loans.conftest import (
@@ -28,6 +27,7 @@ from kvfabric.attention.masks import sight
 from kvfabric.attention.merge import Partial
 from kvfabric.errors import Retry
 from kvfabric_client import Client
+from kvfabric_client.attention.answers import Attended
 
 QUERY_HEADS = 4
 BLOCKS = 3 * HOME_BLOCKS
