@@ -78,3 +78,8 @@ def test_what_is_remembered_is_bounded() -> None:
     for kind in range(CLASSES + 10):
         choice.note(kind, choice.pick(kind, ["a"]), 1.0)
     assert len(choice._classes) == CLASSES
+
+
+def test_all_are_tried_in_turns() -> None:
+    node, work = kernels(Timed("a", 0.1), Timed("b", 0.2)), scattered(Case()).work
+    assert [node.attend(work).kernel for _ in range(4)] == ["a", "b", "a", "b"]
