@@ -16,7 +16,8 @@ static void *line_up(char **from, int64_t bytes) {
 }
 
 /* STREAMS tokens at a time, from as many ends of the tile: the CPU looks ahead within a page of
- * memory only, so that reading several pages at once hides the wait at the start of each. */
+ * memory only, so that reading several pages at once hides the wait at the start of each. Measured
+ * for keys of 16 and 32 KiB: 8 are as good as the plain read limit, 1, 4 and 16 a sixth slower. */
 static void order_touches(part *p, int tile_tokens) {
     for (int i = 0; i < TILE; i++)
         p->order[i] = (uint8_t)(i % STREAMS * (tile_tokens / STREAMS) + i / STREAMS);

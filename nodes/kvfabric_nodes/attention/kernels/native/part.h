@@ -30,12 +30,13 @@ typedef struct {
     float *m, *l;            /* [rows]: maximum (times log2 e) and sum of what was seen */
     float *o;                /* [rows padded][value_pad]: not normalised */
     float *s;                /* [rows padded][TILE]: logits, then weights */
-    uint8_t order[TILE];     /* of the next tile's tokens to touch */
+    uint8_t order[TILE];     /* of a tile's tokens, to touch */
     void *packed;            /* the level's own */
     void *memory;            /* all of these arrays */
 } part;
 
-/* Takes a tile into the part; touches the next tile's memory meanwhile (or its own: any). */
+/* Takes a tile into the part. Memory is touched half a tile ahead: the tile's values while its keys
+ * are taken, the next tile's keys (or any others, at the end) while its values are. */
 typedef void take_tile(part *p, const tile *t, const tile *next);
 
 typedef struct {

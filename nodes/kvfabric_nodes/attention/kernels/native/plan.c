@@ -80,14 +80,15 @@ static void take_run(cursor *at, tile *t, int count) {
     int64_t head = at->group / pl->groups_per_head;
     const char *key = (const char *)(intptr_t)call->keys[piece] + head * call->key_head_bytes;
     const char *value = (const char *)(intptr_t)call->values[piece] + head * call->value_head_bytes;
-    int64_t first = call->first[piece] + from;
-    for (int i = 0; i < count; i++) {
-        int j = t->tokens + i;
-        t->key[j] = key + (from + i) * call->key_token_bytes;
-        t->value[j] = value + (from + i) * call->value_token_bytes;
-        t->position[j] = first + i;
-        t->run[j] = count - i;
-    }
+    int64_t first = call->first[piece] + from, key_step = call->key_token_bytes;
+    int64_t value_step = call->value_token_bytes;
+    const int at_token = t->tokens;
+    key += from * key_step, value += from * value_step;
+    /* One loop each: the compiler makes vectors of them. */
+    for (int i = 0; i < count; i++) t->key[at_token + i] = key + i * key_step;
+    for (int i = 0; i < count; i++) t->value[at_token + i] = value + i * value_step;
+    for (int i = 0; i < count; i++) t->position[at_token + i] = first + i;
+    for (int i = 0; i < count; i++) t->run[at_token + i] = count - i;
     t->lowest = least(t->lowest, first);
     t->highest = most(t->highest, first + count - 1);
     t->tokens += count;

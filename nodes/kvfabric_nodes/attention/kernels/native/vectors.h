@@ -5,7 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
@@ -41,6 +41,35 @@ INLINE vf widen_half(vh h) {
 
 /* Fetches a line of memory to the second-level cache; from any address, bad ones included. */
 INLINE void touch(const char *from) { __builtin_prefetch(from, 0, 2); }
+
+/* 2 W bfloat16 in float32: those with even numbers, those with odd ones. Cheaper than in order. */
+INLINE void widen_pairs(const char *from, vf *even, vf *odd) {
+    vu pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    *even = (vf)(pairs << 16);
+    *odd = (vf)(pairs & 0xffff0000u);
+}
+
+#if W == 16
+#define EVEN(x, y) __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define LOW(x, y) __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(x, y) __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif W == 8
+#define EVEN(x, y) __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15)
+#define LOW(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(x, y) __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define EVEN(x, y) __builtin_shufflevector(x, y, 0, 2, 4, 6)
+#define ODD(x, y) __builtin_shufflevector(x, y, 1, 3, 5, 7)
+#define LOW(x, y) __builtin_shufflevector(x, y, 0, 4, 1, 5)
+#define HIGH(x, y) __builtin_shufflevector(x, y, 2, 6, 3, 7)
+#endif
+
+/* 2 W numbers in order to those with even and with odd numbers, and back. */
+INLINE void unzip(vf *a, vf *b) { vf x = *a, y = *b; *a = EVEN(x, y), *b = ODD(x, y); }
+INLINE void zip(vf *a, vf *b) { vf x = *a, y = *b; *a = LOW(x, y), *b = HIGH(x, y); }
 
 /* W elements in float32. */
 INLINE vf widen(const char *from, int element) {
@@ -100,28 +129,28 @@ INLINE float sum(vf x) {
 /* Either where one is NaN. */
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
-/* 2^x for x <= 0 or so, to 2e-7; 0 far below, NaN for NaN. */
+INLINE float largest(vf x) {
+    for (int step = 1; step < W; step *= 2) {
+        vf y;
+        for (int i = 0; i < W; i++) y[i] = x[i ^ step];
+        x = larger(x, y);
+    }
+    return x[0];
+}
+
+/* 2^x for x up to 127, to 2e-7; 0 below -127, NaN for NaN. */
 INLINE vf power2(vf x) {
-#if W == 16 && defined(__AVX512F__)
-    vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-    x = choose(x < -150.0f, all(-150.0f), x); /* NaN stays */
-    vf n = (x + 0x1.8p23f) - 0x1.8p23f; /* the nearest integer */
-    vf f = x - n;
-#endif
+    const float magic = 0x1.8p23f + 127; /* rounds to integers, whose last bits are an exponent */
+    x = choose(x < -127.0f, all(-127.0f), x);
+    vf n = x + magic;
+    vf f = x - (n - magic);
     vf y = all(0.00132764718f); /* minimax over [-1/2, 1/2] */
     y = y * f + 0.00967554133f;
     y = y * f + 0.0555071327f;
     y = y * f + 0.240221197f;
     y = y * f + 0.693146967f;
     y = y * f + 1.00000007f;
-#if W == 16 && defined(__AVX512F__)
-    return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
-    vi exponent = __builtin_convertvector(n, vi) + 127;
-    return y * (vf)((exponent & (exponent > 0)) << 23);
-#endif
+    return y * (vf)((vu)n << 23);
 }
 
 /* 6e-7 relative. */

@@ -1,28 +1,19 @@
 /* A level in float32: elements are widened as they are loaded, products are fused.
  *
- * Dot products take 4 tokens and DOT_ROWS rows at a time, sums of values SUM_ROWS rows and
- * SUM_VECTORS vectors: as many as the registers hold. As it takes a tile's bytes, it touches
- * as many of the next tile's, evenly: a CPU waits for few lines of memory at a time, so one burst
- * would stand still where a steady trickle costs nothing. Included once per vector width. */
+ * Dot products take 4 tokens and DOT_ROWS rows at a time: as many as the registers hold. As bytes
+ * are taken, as many are touched, evenly: a CPU waits for few lines of memory at a time, so one
+ * burst would stand still where a steady trickle costs nothing. Included once per vector width. */
 #include "part.h"
 #include "sight.h"
+#include "values.h"
 #include "vectors.h"
 
-#define MOST_ROWS 4               /* of DOT_ROWS and SUM_ROWS */
-#define TILE_KEY_BYTES (32 << 10) /* so that they stay in the first-level cache */
-#define LINE 64
+#define TILE_KEY_BYTES (32 << 10) /* they stay in the first-level cache */
 
 static int wide_tile_tokens(const attend_call *call, int rows) {
     (void)rows;
     int tokens = TILE_KEY_BYTES / (call->key_dim * element_bytes(call->element)) / LANES * LANES;
     return tokens < LANES ? LANES : tokens > TILE ? TILE : tokens;
-}
-
-/* Blocks of rows take turns in touching: block i at the steps where step & turns == i. */
-INLINE int turns_of(int rows, int block_rows) {
-    int blocks = (rows + block_rows - 1) / block_rows, turns = 1;
-    while (turns * 2 <= blocks) turns *= 2;
-    return turns - 1;
 }
 
 /* s[row][token] for 4 tokens: q.k */
@@ -54,13 +45,13 @@ INLINE void dots(const part *p, const char *const *key, const char *const *ahead
     }
 }
 
-INLINE void all_dots(part *p, const tile *t, const tile *next, int element) {
+INLINE void all_dots(part *p, const tile *t, int element) {
     const int turns = turns_of(p->rows, DOT_ROWS), full = p->rows / DOT_ROWS * DOT_ROWS;
     for (int token = 0; token < t->tokens; token += 4) {
         const char *key[4], *ahead[4];
         for (int j = 0; j < 4; j++) {
             key[j] = t->key[token + j < t->tokens ? token + j : t->tokens - 1]; /* then ignored */
-            ahead[j] = next->key[p->order[token + j]];
+            ahead[j] = t->value[p->order[token + j]];
         }
         for (int row = 0; row < full; row += DOT_ROWS)
             dots(p, key, ahead, row, DOT_ROWS, turns, token, element);
@@ -69,52 +60,6 @@ INLINE void all_dots(part *p, const tile *t, const tile *next, int element) {
         case 2: dots(p, key, ahead, full, 2, turns, token, element); break;
         case 3: dots(p, key, ahead, full, 3, turns, token, element); break;
         }
-    }
-}
-
-/* o[row] += s[row] V, for some rows and the value dims from d on; `last`: of fewer dims than W. */
-INLINE void some_values(part *p, const tile *t, const tile *next, int row, int rows, int turns,
-                        int d, int vectors, int last, int element) {
-    const int size = element == FLOAT32 ? 4 : 2, bytes = vectors * W * size;
-    vf a[MOST_ROWS][SUM_VECTORS];
-    for (int i = 0; i < rows; i++)
-        for (int c = 0; c < vectors; c++)
-            a[i][c] = load(p->o + (int64_t)(row + i) * p->value_pad + d + c * W);
-    for (int token = 0; token < t->tokens; token++) {
-        const char *value = t->value[token] + d * size;
-        if (d * size % LINE == 0 && (token & turns) == row / SUM_ROWS)
-            for (int b = 0; b < bytes; b += LINE) touch(next->value[p->order[token]] + d * size + b);
-        vf v[SUM_VECTORS];
-        for (int c = 0; c < vectors; c++)
-            v[c] = last ? widen_some(value, last, element) : widen(value + c * W * size, element);
-        for (int i = 0; i < rows; i++) {
-            float weight = p->s[(int64_t)(row + i) * TILE + token];
-            for (int c = 0; c < vectors; c++) a[i][c] += weight * v[c];
-        }
-    }
-    for (int i = 0; i < rows; i++)
-        for (int c = 0; c < vectors; c++)
-            store(p->o + (int64_t)(row + i) * p->value_pad + d + c * W, a[i][c]);
-}
-
-INLINE void row_values(part *p, const tile *t, const tile *next, int row, int rows, int turns,
-                       int element) {
-    const int dims = p->call->value_dim;
-    int d = 0;
-    for (; d + SUM_VECTORS * W <= dims; d += SUM_VECTORS * W)
-        some_values(p, t, next, row, rows, turns, d, SUM_VECTORS, 0, element);
-    for (; d + W <= dims; d += W) some_values(p, t, next, row, rows, turns, d, 1, 0, element);
-    if (d < dims) some_values(p, t, next, row, rows, turns, d, 1, dims - d, element);
-}
-
-INLINE void all_values(part *p, const tile *t, const tile *next, int element) {
-    const int turns = turns_of(p->rows, SUM_ROWS), full = p->rows / SUM_ROWS * SUM_ROWS;
-    for (int row = 0; row < full; row += SUM_ROWS)
-        row_values(p, t, next, row, SUM_ROWS, turns, element);
-    switch (p->rows - full) {
-    case 1: row_values(p, t, next, full, 1, turns, element); break;
-    case 2: row_values(p, t, next, full, 2, turns, element); break;
-    case 3: row_values(p, t, next, full, 3, turns, element); break;
     }
 }
 
@@ -132,8 +77,7 @@ INLINE void weigh(part *p, const tile *t, int row) {
 
     vf most = all(p->m[row]);
     for (int i = 0; i < padded; i += W) most = larger(load(s + i), most);
-    float m = most[0];
-    for (int i = 1; i < W; i++) m = most[i] > m ? most[i] : m;
+    const float m = largest(most);
     vf shift = all(m == -INFINITY ? 0 : m), l = {0};
     for (int i = 0; i < padded; i += W) {
         vf weight = power2(load(s + i) - shift);
@@ -155,9 +99,9 @@ INLINE void take(part *p, const tile *t, const tile *next, int element) {
         take_carefully(p, t, next);
         return;
     }
-    all_dots(p, t, next, element);
+    all_dots(p, t, element);
     for (int row = 0; row < p->rows; row++) weigh(p, t, row);
-    all_values(p, t, next, element);
+    add_values(p, t, next, TILE, 1, element);
 }
 
 static void wide_take(part *p, const tile *t, const tile *next) {
