@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from kvfabric_client.attention.calls import attend_batch
     from kvfabric_client.attention.queries import Query
     from kvfabric_client.client import Client, connect
+    from kvfabric_client.group import Group
     from kvfabric_client.room import Room
+    from kvfabric_client.sequence import Sequence
+    from kvfabric_client.sequence_reads import Missing
+    from kvfabric_client.state import State, StateConflict
 
 __all__ = [
     "AsyncClient",
