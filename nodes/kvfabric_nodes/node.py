@@ -28,8 +28,10 @@ from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.settings import host_id, make_runtime_dir
 from kvfabric.types import PROTOCOL_VERSION
 from kvfabric_nodes.attention.calls import AttentionCalls
+from kvfabric_nodes.attention.desk import Desk
 from kvfabric_nodes.attention.engine import Engine
 from kvfabric_nodes.attention.kernels.cpu import cpu_kernels
+from kvfabric_nodes.attention.operator_calls import OperatorCalls
 from kvfabric_nodes.attention.spans import Spans
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
@@ -195,8 +197,9 @@ class Node:
             stack.push_async_callback(engine.close)
         spans = Spans(core, self.sequences, handler.arena.address)
         kernels = cpu_kernels(self.settings.attention_threads)
-        self.attention = AttentionCalls(handler, spans, engine, kernels)
-        handler.offer(self.attention.calls())
+        desk = Desk(handler, spans, engine)
+        self.attention = AttentionCalls(handler, desk, kernels)
+        handler.offer({**self.attention.calls(), **OperatorCalls(desk).calls()})
 
     def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:
         """Sequences, groups and steps get to know the other nodes and the manager."""

@@ -17,7 +17,7 @@ from kvfabric.attention.shape import AttentionShape
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_nodes.attention.kernels import Work
-from kvfabric_nodes.attention.pieces import Blocks, Cut, Pieces, Range, cut
+from kvfabric_nodes.attention.pieces import Blocks, Cut, Longs, Pieces, Range, cut
 from kvfabric_nodes.attention.spans import MAX_POSITION
 
 MAX_QUERIES = 1024
@@ -141,14 +141,21 @@ def asked(vectors: Array, sight: Sight, ranges: Sequence[Range], blocks: Blocks)
     return Asked(vectors, sight, cut(blocks, within(ranges, seen(sight))))
 
 
+def begins(shape: AttentionShape, layer: int, pieces: Pieces, *, values: bool) -> Longs:
+    """The address of each piece's first key or value, of KV head 0."""
+    layer_begin = pieces.address + layer * shape.layer_bytes
+    if values:
+        return layer_begin + shape.value_offset + pieces.skipped * shape.value_token_stride
+    return layer_begin + pieces.skipped * shape.key_token_stride
+
+
 def work(options: Options, rows: Sequence[Asked], pieces: Pieces) -> Work:
     """All rows of these over the same pieces."""
-    shape = options.shape
-    begin = pieces.address + options.layer * shape.layer_bytes
+    shape, layer = options.shape, options.layer
     return Work(
         shape=shape,
-        keys=begin + pieces.skipped * shape.key_token_stride,
-        values=begin + shape.value_offset + pieces.skipped * shape.value_token_stride,
+        keys=begins(shape, layer, pieces, values=False),
+        values=begins(shape, layer, pieces, values=True),
         tokens=(pieces.end - pieces.first).astype(np.int32),
         first=pieces.first,
         queries=np.ascontiguousarray(np.concatenate([one.vectors for one in rows])),

@@ -11,32 +11,27 @@ from functools import partial
 from typing import Any
 
 from kvfabric.attention.shape import AttentionShape, attention_shape
-from kvfabric.errors import Conflict, Denied, Refused, Unsupported
+from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Format, Key, NamespaceId, Status
 from kvfabric_nodes.attention import asked as asking
 from kvfabric_nodes.attention.asked import Asked, Options
 from kvfabric_nodes.attention.attending import Attend, compute
-from kvfabric_nodes.attention.engine import Engine, Task
+from kvfabric_nodes.attention.desk import Desk, Opened, put_gaps
+from kvfabric_nodes.attention.engine import Task
 from kvfabric_nodes.attention.kernels.choice import Kernels
-from kvfabric_nodes.attention.spans import Placed, Span, Spans
-from kvfabric_nodes.sequences.sequence import OpenSequence
-from kvfabric_nodes.serving.handler import Call, Handler, checked_keys, seconds
+from kvfabric_nodes.attention.spans import Placed, Span
+from kvfabric_nodes.serving.handler import Call, Handler, checked_keys
 from kvfabric_nodes.store.promises import Session
-
-Opened = tuple[Span, OpenSequence | None]
 
 
 class AttentionCalls:
-    """See the module. Without an engine this node computes no attention."""
+    """See the module."""
 
-    def __init__(
-        self, handler: Handler, spans: Spans, engine: Engine | None, kernels: Kernels
-    ) -> None:
-        self.spans = spans
+    def __init__(self, handler: Handler, desk: Desk, kernels: Kernels) -> None:
+        self.spans = spans = desk.spans
         self._handler = handler
-        self._core = handler.core
-        self._engine = engine
+        self._desk = desk
         self._compute = partial(compute, kernels=kernels)
         handler.metrics.attention.kernels = kernels.flows
         handler.metrics.gauges["spans"] = lambda: spans.count
@@ -55,7 +50,7 @@ class AttentionCalls:
         request: node_pb2.OpenSpanRequest,
         response: node_pb2.OpenSpanResponse,
     ) -> None:
-        self._admit(session)
+        self._desk.admit(session)
         keys = checked_keys(request.keys)
         if request.span:
             if request.sequence or not keys:
@@ -95,37 +90,26 @@ class AttentionCalls:
         request: node_pb2.AttendRequest,
         response: node_pb2.AttendResponse,
     ) -> Coroutine[Any, Any, None]:
-        engine = self._admit(session)
-        opened = self._opened(session, request.queries)
-        options = asking.options_of(request, opened[0][0].shape)
+        self._desk.admit(session)
+        asking.check_queries(request.queries)
+        opened = self._desk.opened(session, [query.span for query in request.queries])
+        options = asking.options_of(request, opened.shape)
         attend = Attend(options, self._asked(request, opened, options))
-        cuts = [(sequence, sequence.cuts) for _, sequence in opened if sequence is not None]
-        reading = self._core.begin_reading(
-            [extent for one in attend.asked for extent in one.here.extents]
-        )
-        task = Task(
+        task = self._desk.submit(
+            session,
+            [extent for one in attend.asked for extent in one.here.extents],
             attend,
             options,
-            self._handler.clock.now() + seconds(request.deadline_ms),
             self._compute,
-            partial(self._core.end_reading, reading),
+            request.deadline_ms,
         )
-        engine.submit(task)
-        return self._answer(task, attend, cuts, response)
+        return self._answer(task, opened, attend, response)
 
     async def _answer(
-        self,
-        task: Task,
-        attend: Attend,
-        cuts: Sequence[tuple[OpenSequence, int]],
-        response: node_pb2.AttendResponse,
+        self, task: Task, opened: Opened, attend: Attend, response: node_pb2.AttendResponse
     ) -> None:
         await task.computed()
-        for sequence, count in cuts:
-            if not sequence.open or sequence.cuts != count:  # its open blocks are written anew
-                raise Conflict(
-                    f"sequence {sequence.id} was cut or ended while it was attended; ask again"
-                )
+        opened.check()
         _put(response, attend)
         self._count(attend)
 
@@ -136,7 +120,7 @@ class AttentionCalls:
         tally.gap_tokens += sum(end - first for one in attend.asked for first, end in one.here.gaps)
 
     def _asked(
-        self, request: node_pb2.AttendRequest, opened: Sequence[Opened], options: Options
+        self, request: node_pb2.AttendRequest, opened: Opened, options: Options
     ) -> list[Asked]:
         queries, shape = request.queries, options.shape
         rows = sum(query.rows for query in queries)
@@ -145,35 +129,12 @@ class AttentionCalls:
             request.vectors, queries, options.query_heads, shape.key_dim, options.query_dtype
         )
         found = []
-        for query, (span, sequence), own in zip(queries, opened, vectors, strict=True):
+        for index, query in enumerate(queries):
             sight = asking.sight_of(query, request.window, request.sinks)
-            otherwise = span.ranges if sequence is None else [(0, query.visible)]
-            ranges = asking.ranges_of(query, otherwise)
-            blocks = self.spans.blocks(span, sequence, options.layer)
-            found.append(asking.asked(own, sight, ranges, blocks))
+            ranges = asking.ranges_of(query, opened.own(index, query.visible))
+            blocks = opened.blocks(index, options.layer)
+            found.append(asking.asked(vectors[index], sight, ranges, blocks))
         return found
-
-    def _opened(self, session: Session, queries: Sequence[node_pb2.SpanQuery]) -> list[Opened]:
-        """The spans of these, which have one shape."""
-        asking.check_queries(queries)
-        now_s = self._handler.clock.now()
-        spans = [self.spans.find(session, query.span) for query in queries]
-        for span in spans:
-            if span.shape != spans[0].shape:
-                raise Refused(
-                    f"spans {spans[0].id} and {span.id} have different formats; ask for each "
-                    "format in a call of its own"
-                )
-        return [(span, self.spans.sequence_of(session, span, now_s)) for span in spans]
-
-    def _admit(self, session: Session) -> Engine:
-        if session.between_nodes:
-            raise Denied("attention is for clients; this session is another node's")
-        if self._engine is None:
-            raise Unsupported(
-                "this node computes no attention: its attention_threads are 0; read its shards"
-            )
-        return self._engine
 
 
 def _format(form: types_pb2.Format) -> Format:
@@ -206,8 +167,7 @@ def _put(response: node_pb2.AttendResponse, attend: Attend) -> None:
     response.lse = attend.lse.tobytes()
     response.tokens.extend([one.here.pieces.tokens for one in attend.asked])
     for index, one in enumerate(attend.asked):
-        for first, end in one.here.gaps:
-            response.gaps.add(query=index, first_token=first, end_token=end)
+        put_gaps(response.gaps, index, one.here.gaps)
     response.kernel = attend.kernel
     response.kernel_us = int(attend.kernel_s * 1e6)
     response.stacked = attend.stacked

@@ -138,3 +138,13 @@ def _gaps(asked: Longs, counts: Longs, which: Longs, first: Longs, end: Longs) -
     rights[np.cumsum(counts) + order] = asked[:, 1]
     empty = np.flatnonzero(lefts < rights)
     return list(zip(lefts[empty].tolist(), rights[empty].tolist(), strict=True))
+
+
+def run_of(lows: Longs, highs: Longs) -> list[Range]:
+    """Ranges that do not overlap, those that are not empty, ascending, neighbours joined."""
+    some = np.flatnonzero(lows < highs)
+    order = some[np.argsort(lows[some])]
+    low, high = lows[order], highs[order]
+    apart = np.flatnonzero(low[1:] != high[:-1])
+    firsts, ends = [*low[:1], *low[apart + 1]], [*high[apart], *high[-1:]]
+    return [(int(first), int(end)) for first, end in zip(firsts, ends, strict=True)]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import threading
 from typing import Any
 
-import numpy as np
-
-from kvfabric.attention.floats import STORED
-from kvfabric_nodes.attention.kernels import Work
+from kvfabric_nodes.attention.kernels import Work, memory
 from kvfabric_nodes.attention.kernels.fused import FusedKernel
 
 
@@ -52,10 +48,7 @@ class TorchKernel(FusedKernel):
     def over(
         self, address: int, kind: str, sizes: tuple[int, ...], strides: tuple[int, ...]
     ) -> Any:
-        item = np.dtype(STORED[kind])
-        span = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-        memory = (ctypes.c_ubyte * (span + item.itemsize)).from_address(address)
-        bits = np.ndarray(sizes, f"i{item.itemsize}", memoryview(memory), strides=strides)
+        bits = memory.over(address, f"i{strides[-1]}", sizes, strides)
         return self.torch.from_numpy(bits).view(getattr(self.torch, kind))
 
     def fused(self, q: Any, k: Any, v: Any, mask: Any, scale: float) -> tuple[Any, Any]:

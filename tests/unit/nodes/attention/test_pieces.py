@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvfabric.attention.masks import seen, sight, within
 from kvfabric_nodes.attention.pieces import Blocks, Pieces, blocks_of, cut, joined
+from kvfabric_nodes.attention.scoring import sum_of, whole_pages
 from kvfabric_nodes.attention.stacking import stacks
 from kvfabric_nodes.store.extents import Extent
 
@@ -113,3 +114,34 @@ def test_every_piece_of_every_query_is_in_one_stack(owned: list[list[int]]) -> N
         assert len(holding) == 1
         assert holding[0].queries == [i for i, own in enumerate(owned) if number in own]
     assert len({tuple(stack.queries) for stack in made}) == len(made)
+
+
+@given(lying(), ranges(), st.sampled_from([1, 2, 4]))
+def test_whole_pages_are_kept_and_what_is_in_part_is_missing(
+    blocks: Blocks, asked: list[tuple[int, int]], page: int
+) -> None:
+    found = cut(blocks, asked)
+    kept = whole_pages(found, page)
+    here = tokens(list(zip(found.pieces.first, found.pieces.end, strict=True)))
+    inside = tokens(list(zip(kept.pieces.first, kept.pieces.end, strict=True)))
+    assert inside <= here
+    assert not (kept.pieces.first % page).any()
+    assert not (kept.pieces.end % page).any()
+    assert tokens(kept.gaps) == tokens(asked) - inside
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(kept.gaps))
+    if page == 1:
+        assert inside == here
+
+
+@given(lying(), st.lists(st.integers(0, 40)))
+def test_a_sum_takes_each_token_from_its_block(blocks: Blocks, positions: list[int]) -> None:
+    weights = np.arange(len(positions), dtype=np.float32)
+    found = sum_of(blocks, np.array(positions, np.int64), weights)
+    where = {
+        at: (address, at - first)
+        for address, first, end in zip(blocks.address, blocks.first, blocks.end, strict=True)
+        for at in range(first, end)
+    }
+    wanted = [(*where[at], i) for i, at in enumerate(positions) if at in where]
+    assert list(zip(found.blocks, found.places, found.weights, strict=True)) == wanted
+    assert tokens(found.gaps) == set(positions) - where.keys()
