@@ -36,7 +36,7 @@ MIB = 1 << 20
 )
 def test_every_figure_has_the_target_that_was_set(name: str, target: Target | None) -> None:
     assert name in NAMES
-    assert target_of(name, amx=True) == target
+    assert target_of(name) == target
 
 
 def test_stacking_in_bfloat16_has_a_target_only_where_there_are_tiles() -> None:

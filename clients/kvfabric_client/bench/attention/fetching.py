@@ -43,7 +43,7 @@ class Race:
         ]
 
     def _race(self, name: str) -> Case:
-        return Case(name, 0, "x", *together(self._compared), target_of(name, amx=False))
+        return Case(name, 0, "x", *together(self._compared), target_of(name))
 
     def _crossover(self, name: str) -> Case:
         """Beside one block, the shortest length that is measured."""

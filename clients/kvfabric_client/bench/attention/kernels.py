@@ -43,7 +43,7 @@ class Kernels:
             return self._reader.read(calls * tokens * shape.token_bytes) / GIGA
 
         warm(self._asker, self._field, shape, tokens)
-        return Case(name, 0, "GB/s", measure, limit, target_of(name, amx=False))
+        return Case(name, 0, "GB/s", measure, limit, target_of(name))
 
 
 def attend_next(asker: Asker, field: Field, shape: Shape, tokens: int) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,6 @@ from kvfabric_client.bench.attention.shapes import (
     LENGTHS,
     SHAPES,
     SHARD_BYTES,
-    Shape,
 )
 from kvfabric_client.bench.report import AtLeast, AtMost, Reaches, Target, size_text
 from kvfabric_client.bench.rounds import MIN_ROUNDS
@@ -82,7 +81,7 @@ class Plan:
         """Tokens of the longest context."""
         return max((KERNELS[name][1] for name in self.named(KERNELS)), default=REMOTE_TOKENS)
 
-    def named(self, names: Sequence[str] | dict[str, tuple[Shape, int]]) -> list[str]:
+    def named(self, names: Iterable[str]) -> list[str]:
         """Those of some names that are asked for, in order."""
         return [name for name in names if name in self.names]
 
@@ -92,8 +91,9 @@ class Plan:
         return len(self.names) * (self.rounds + 1)
 
 
-def target_of(name: str, *, amx: bool) -> Target | None:
-    """The target of a row; None where there is none. `amx`: this processor has it, for bfloat16."""
+def target_of(name: str, *, amx: bool = True) -> Target | None:
+    """The target of a row; None where there is none. `amx`: whether this processor multiplies
+    matrices of bfloat16, without which stacking them gains little."""
     if name in KERNELS:
         shape, _ = KERNELS[name]
         return AtLeast(_FLOORS[shape.dtype][(shape.head_dim, shape.group) != (128, 4)])

@@ -32,8 +32,7 @@ class Remote:
             warm(self._asker, self._field, MAIN, REMOTE_TOKENS)
         both = {ADDED: self._added, TOTAL: self._total}
         return [
-            Case(name, 0, UNITS[name], *together(both[name]), target_of(name, amx=False))
-            for name in names
+            Case(name, 0, UNITS[name], *together(both[name]), target_of(name)) for name in names
         ]
 
     def _added(self) -> tuple[float, float]:

@@ -48,9 +48,7 @@ class Wire:
         self._owned.close()
 
     def cases(self, names: Items[str]) -> list[Case]:
-        return [
-            Case(name, 0, "B", *together(self._step), target_of(name, amx=False)) for name in names
-        ]
+        return [Case(name, 0, "B", *together(self._step), target_of(name)) for name in names]
 
     def _step(self) -> tuple[float, float]:
         """One new token through all layers; both figures are of one layer."""
