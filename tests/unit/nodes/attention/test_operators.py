@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,7 @@ def rows_of(answer: node_pb2.TopKResponse) -> list[tuple[list[int], list[float]]
     ends = np.cumsum([0, *answer.counts])
     return [
         (list(answer.first_tokens[a:b]), list(answer.scores[a:b]))
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        for a, b in itertools.pairwise(ends)
     ]
 
 
