@@ -81,6 +81,7 @@ class Answer:
     tokens: list[int]
     cached: int  # prompt tokens that were not computed
     transfer: dict[str, Any] | None = None  # kv_transfer_params of the answer
+    finish: str = ""  # why it ended
 
 
 class Engine(Child):

@@ -36,6 +36,7 @@ def main() -> None:
                 "tokens": list(out.outputs[0].token_ids),
                 "cached": out.num_cached_tokens,
                 "transfer": out.kv_transfer_params,
+                "finish": out.outputs[0].finish_reason,
             }
             for out in engine.generate(prompts, params, use_tqdm=False)
         ]
