@@ -151,17 +151,24 @@ static int worthwhile(const attend_call *call, int rows) {
     return call->element == BFLOAT16 && rows > 4;
 }
 
+/* With many rows whatever a tile needs should stay in the first-level cache. */
 static int amx_tile_tokens(const attend_call *call, int rows) {
-    return worthwhile(call, rows) ? TILE : level_avx512.tile_tokens(call, rows);
+    if (!worthwhile(call, rows)) return level_avx512.tile_tokens(call, rows);
+    return rows > FEW && call->key_dim <= 64 ? TILE / 2 : TILE;
 }
 
 static int64_t amx_packed_bytes(const attend_call *call, int rows) {
     char nothing;
-    return layout_of(call, rows, &nothing).bytes;
+    int64_t here = layout_of(call, rows, &nothing).bytes;
+    int64_t there = level_avx512.packed_bytes(call, rows);
+    return here > there ? here : there;
 }
 
 static void amx_start(part *p) {
-    if (!worthwhile(p->call, p->rows)) return;
+    if (!worthwhile(p->call, p->rows)) {
+        level_avx512.start(p);
+        return;
+    }
     layout y = layout_of(p->call, p->rows, p->packed);
     for (int block = 0; block * LANES < p->rows; block++) pack_queries(p, &y, block);
 }

@@ -20,23 +20,30 @@ static int wide_tile_tokens(const attend_call *call, int rows) {
 INLINE void dots(const part *p, const char *const *key, const char *const *ahead, int row, int rows,
                  int turns, int token, int element) {
     const int dims = p->call->key_dim, size = element == FLOAT32 ? 4 : 2;
-    const float *q = p->q + (int64_t)row * p->key_pad;
+    const int pairs = element == BFLOAT16, step = pairs ? 2 * W : W;
+    const float *q = (pairs ? (const float *)p->packed : p->q) + (int64_t)row * p->key_pad;
     vf a[MOST_ROWS][4] = {0};
     int d = 0;
-    for (; d + W <= dims; d += W) {
+    for (; d + step <= dims; d += step) {
         int line = d * size / LINE;
         if (d * size % LINE == 0 && (line & turns) == row / DOT_ROWS)
             for (int j = 0; j < 4; j++) touch(ahead[j] + d * size);
-        vf k[4];
-        for (int j = 0; j < 4; j++) k[j] = widen(key[j] + d * size, element);
+        vf k[4], odd[4];
+        for (int j = 0; j < 4; j++)
+            if (pairs) widen_pairs(key[j] + d * size, &k[j], &odd[j]);
+            else k[j] = widen(key[j] + d * size, element);
         for (int i = 0; i < rows; i++) {
             vf x = load(q + i * p->key_pad + d);
             for (int j = 0; j < 4; j++) a[i][j] += x * k[j];
+            if (!pairs) continue;
+            x = load(q + i * p->key_pad + d + W);
+            for (int j = 0; j < 4; j++) a[i][j] += x * odd[j];
         }
     }
-    if (d < dims)
+    for (; d < dims; d += W)
         for (int j = 0; j < 4; j++) {
-            vf k = widen_some(key[j] + d * size, dims - d, element);
+            vf k = dims - d >= W ? widen(key[j] + d * size, element)
+                                 : widen_some(key[j] + d * size, dims - d, element);
             for (int i = 0; i < rows; i++) a[i][j] += load(q + i * p->key_pad + d) * k;
         }
     for (int i = 0; i < rows; i++) {
@@ -113,8 +120,18 @@ static void wide_take(part *p, const tile *t, const tile *next) {
 }
 
 static int64_t wide_packed_bytes(const attend_call *call, int rows) {
-    (void)call, (void)rows;
-    return 0;
+    return (int64_t)rows * rounded(call->key_dim, LANES) * 4;
 }
 
-static void wide_start(part *p) { (void)p; }
+/* Queries in the order in which widen_pairs gives keys. */
+static void wide_start(part *p) {
+    float *packed = p->packed;
+    memcpy(packed, p->q, (size_t)((int64_t)p->rows * p->key_pad) * 4);
+    for (int row = 0; row < p->rows; row++, packed += p->key_pad)
+        for (int d = 0; d + 2 * W <= p->call->key_dim; d += 2 * W) {
+            vf a = load(packed + d), b = load(packed + d + W);
+            unzip(&a, &b);
+            store(packed + d, a);
+            store(packed + d + W, b);
+        }
+}
