@@ -84,8 +84,8 @@ def test_a_number_that_is_none_reaches_only_the_rows_that_see_it(
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_threads_share_one_head_and_few_pieces(threads: int) -> None:
-    pieces = tuple((i * 128, i * 128 + 128) for i in range(5))
-    case = Case(4, "bfloat16", kv_heads=1, dim=64, block_tokens=128, pieces=pieces, visible=640)
+    pieces = tuple((i * 2048, i * 2048 + 2048) for i in range(5))  # of 512 KiB
+    case = Case(4, "bfloat16", kv_heads=1, dim=64, block_tokens=2048, pieces=pieces, visible=10240)
     made = scattered(case)
     part = NativeKernel(threads=threads).attend(made.work)
     assert np.abs(part.o - made.expected.o).max() < 2e-5

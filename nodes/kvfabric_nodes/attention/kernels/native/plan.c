@@ -40,6 +40,7 @@ static void divide(plan *pl) {
     pl->tile_tokens = pl->level->tile_tokens(call, pl->group_rows);
 
     int64_t token_bytes = (call->key_dim + call->value_dim) * element_bytes(call->element);
+    pl->read_bytes = tokens * token_bytes * pl->groups;
     int64_t even = ceiling(tokens * pl->groups, most(1, pl->groups) * 4 * call->threads);
     int64_t chunk = least(most(1, CHUNK_BYTES / token_bytes), even);
     pl->chunk_tokens = most(1, ceiling(chunk, pl->tile_tokens)) * pl->tile_tokens;

@@ -12,6 +12,7 @@ typedef struct {
     int64_t *before; /* [pieces + 1]: tokens in the ones before */
     int32_t per_kv, group_rows, groups_per_head, tile_tokens;
     int64_t groups, chunk_tokens, chunks; /* chunks of each group */
+    int64_t read_bytes;                   /* by all groups together */
 } plan;
 
 /* NO_MEMORY, or OK: then the caller ends it. */
