@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kvfabric_client.aio import connect as connect_async
     from kvfabric_client.aio_sequence import AsyncGroup, AsyncSequence, AsyncState
     from kvfabric_client.answers import Match, Run, View
-    from kvfabric_client.attention.answers import Attended, Pages
+    from kvfabric_client.attention.answers import Attended, Best, Pages
+    from kvfabric_client.attention.bank import Bank
     from kvfabric_client.attention.calls import attend_batch
     from kvfabric_client.attention.queries import Query
     from kvfabric_client.client import Client, connect
@@ -30,6 +31,8 @@ __all__ = [
     "AsyncSequence",
     "AsyncState",
     "Attended",
+    "Bank",
+    "Best",
     "Client",
     "Group",
     "Match",
@@ -54,6 +57,8 @@ _HOMES = {
     "AsyncSequence": "aio_sequence",
     "AsyncState": "aio_sequence",
     "Attended": "attention.answers",
+    "Bank": "attention.bank",
+    "Best": "attention.answers",
     "Client": "client",
     "Group": "group",
     "Match": "answers",

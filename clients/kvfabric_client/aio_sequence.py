@@ -55,6 +55,7 @@ class AsyncSequence:
     move = _as_coroutine(Sequence.move)
     close = _as_coroutine(Sequence.close)
     attend = _as_coroutine(Sequence.attend)
+    top_k = _as_coroutine(Sequence.top_k)
     read = _as_coroutine(SequenceReads.read)
     read_into = _as_coroutine(SequenceReads.read_into)
     read_blocks = _as_coroutine(SequenceReads.read_blocks)

@@ -14,6 +14,7 @@ from kvfabric.rpc.v1 import node_pb2, types_pb2
 from kvfabric.types import Format, Key, Status, Tier
 from kvfabric_client import shm
 from kvfabric_client.answers import Match, Run, View
+from kvfabric_client.attention.bank import Bank, blocks_of
 from kvfabric_client.blocks import shape_of
 from kvfabric_client.buffers import Bytes, Pieces
 from kvfabric_client.deadline import Deadline
@@ -203,6 +204,24 @@ class Room(Transfers):
         home, length = opening.at(at, deadline) if at else opening.anywhere(deadline)
         outline.begin([block for block in blocks if block.end <= length], ids[:length])
         return Sequence(Writer(self, outline, home))
+
+    def bank(
+        self,
+        form: Format,
+        keys: abc.Sequence[Key],
+        *,
+        first_tokens: abc.Sequence[int] | None = None,
+        tokens: abc.Sequence[int] | None = None,
+        value_dim: int = 0,
+    ) -> Bank:
+        """Shards of a plain format, wherever they lie, to be searched and summed there.
+
+        `first_tokens`: the absolute position of each one's first token, by default one behind
+        the other; `tokens` of each, by default as many as a full one has. A bank of plain
+        vectors is best put as latents: of kind "mla", each [layers, tokens, head dim].
+        """
+        shape = shape_of(form)
+        return Bank(self, shape, blocks_of(shape, keys, first_tokens, tokens), value_dim)
 
     def group(
         self,

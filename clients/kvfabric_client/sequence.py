@@ -16,10 +16,11 @@ from typing import Any
 
 from kvfabric.attention.merge import Partial
 from kvfabric.errors import Conflict, FabricError, Refused
-from kvfabric_client.attention.answers import Attended, Pages
+from kvfabric_client.attention.answers import Attended, Best, Pages
 from kvfabric_client.attention.calls import attend_batch
 from kvfabric_client.attention.context import Context
-from kvfabric_client.attention.queries import New, Query
+from kvfabric_client.attention.queries import New, Query, shape_for
+from kvfabric_client.attention.recall import best_of
 from kvfabric_client.attention.source import SequenceSource
 from kvfabric_client.blocks import RawSource, Source, raw_source, source_of
 from kvfabric_client.deadline import Deadline
@@ -126,6 +127,36 @@ class Sequence(SequenceReads):
         if isinstance(answer, Missing):
             raise answer
         return answer
+
+    def top_k(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        layer: int,
+        page_tokens: int = 0,
+        values: bool = False,
+        value_dim: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[Best]:
+        """Per row the `k` tokens of the context whose keys have the greatest inner products with
+        it, as `Bank.top_k`. Pages are those of sealed blocks."""
+        shape = shape_for(self.shape, value_dim)
+        with self.using(timeout_s) as deadline:
+            self.writer.ready(deadline)
+            self.context.begin(deadline)
+            end = self.length
+            return best_of(
+                self.context,
+                shape,
+                queries,
+                k,
+                layer=layer,
+                page_tokens=page_tokens,
+                values=values,
+                tokens=[(0, end)] if end else [],
+                deadline=deadline,
+            )
 
     # Writing ------------------------------------------------------------------------
 

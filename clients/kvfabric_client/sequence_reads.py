@@ -27,7 +27,8 @@ CHUNK_BYTES = 16 << 20
 
 
 class Missing(FabricError):
-    """Some of a sequence's blocks are nowhere any more: compute these tokens again."""
+    """Some of a sequence's blocks are nowhere any more: compute these tokens again, and append
+    what lies behind the sequence's length."""
 
     def __init__(self, ranges: list[range]) -> None:
         text = ", ".join(f"{r.start} to {r.stop - 1}" for r in ranges)

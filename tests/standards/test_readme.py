@@ -36,7 +36,7 @@ EXAMPLES = re.findall(
 
 def test_every_example_says_what_it_prints() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(EXAMPLES) == text.count("\n```python\n") == 2
+    assert len(EXAMPLES) == text.count("\n```python\n") == 3
 
 
 @pytest.mark.parametrize(("example", "printed"), EXAMPLES, ids=range(len(EXAMPLES)))

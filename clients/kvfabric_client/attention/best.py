@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvfabric.attention.masks import within
 from kvfabric.errors import Broken, Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.answers import Best
 from kvfabric_client.attention.operator import Ask, Call, Item
 from kvfabric_client.attention.parts import Options, Part, items_of, messages_of
-from kvfabric_client.attention.runs import Runs
+from kvfabric_client.attention.route import Block
+from kvfabric_client.attention.runs import Runs, joined
 
 MAX_K = 4096
 FOUND_BYTES = 16  # at most, of one that is found, in an answer
@@ -78,3 +80,16 @@ class TopK:
 
 def _first(found: list[tuple[float, int]], k: int) -> list[tuple[float, int]]:
     return sorted(found, key=lambda one: (-one[0], one[1]))[:k]
+
+
+def whole_pages(blocks: Sequence[Block], tokens: Runs, page_tokens: int) -> Runs:
+    """The pages that lie in one sealed block each, with all their tokens among these."""
+    found = [
+        (-(-block.start // page_tokens) * page_tokens, block.end // page_tokens * page_tokens)
+        for block in blocks
+    ]
+    inside = within(tokens, joined(found))
+    return joined(
+        (-(-first // page_tokens) * page_tokens, end // page_tokens * page_tokens)
+        for first, end in inside
+    )

@@ -60,12 +60,13 @@ class Operator(Protocol):
         """An answer; `gaps`: per ask, what it does not cover. Broken where it is none."""
 
 
-def packs(asks: Sequence[Ask], max_rows: int) -> Iterator[list[Ask]]:
-    """Cuts asks into messages of at most so many rows."""
+def packs(asks: Sequence[Ask], max_rows: int, max_asks: int = MAX_QUERIES) -> Iterator[list[Ask]]:
+    """Cuts asks into messages of at most so many rows, and so many asks."""
+    max_asks = min(max_asks, MAX_QUERIES)
     some: list[Ask] = []
     rows = 0
     for ask in asks:
-        if some and (rows + ask.item.rows > max_rows or len(some) == MAX_QUERIES):
+        if some and (rows + ask.item.rows > max_rows or len(some) >= max_asks):
             yield some
             some, rows = [], 0
         some.append(ask)

@@ -61,19 +61,18 @@ def scale_of(scale: float | None, shape: AttentionShape) -> float:
     return 1 / math.sqrt(shape.key_dim) if scale is None else scale
 
 
-def vectors_of(given: Any, shape: AttentionShape) -> tuple[Array, str]:
+def vectors_of(given: Any, shape: AttentionShape, *, values: bool = False) -> tuple[Array, str]:
     """`given` as a contiguous array of `STORED[dtype]`, and its dtype. Refused unless it is
-    [rows, query heads, key dim] in float32 or in the KV's dtype."""
+    [rows, query heads, dim] in float32 or in the KV's dtype; `values`: compared with these."""
+    dim = shape.value_dim if values else shape.key_dim
     array = strided_tensor(given) if hasattr(given, "data_ptr") else np.asarray(given)
     dtype = array.dtype.name
     if dtype == "uint16" and shape.dtype == "bfloat16":
         dtype = "bfloat16"
     if dtype not in ("float32", shape.dtype):
         raise Refused(f"queries of {dtype} over KV of {shape.dtype}; give either that or float32")
-    if array.ndim != 3 or array.shape[2] != shape.key_dim or not array.shape[0]:
-        raise Refused(
-            f"queries of shape {list(array.shape)}; give [rows, query heads, {shape.key_dim}]"
-        )
+    if array.ndim != 3 or array.shape[2] != dim or not array.shape[0]:
+        raise Refused(f"queries of shape {list(array.shape)}; give [rows, query heads, {dim}]")
     return np.ascontiguousarray(array.view(STORED[dtype])), dtype
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvfabric.attention.masks import within
 from kvfabric.errors import Refused
 from kvfabric_client.attention.answers import Pages, Traffic
-from kvfabric_client.attention.best import TopK
+from kvfabric_client.attention.best import TopK, whole_pages
 from kvfabric_client.attention.gather import Gather
 from kvfabric_client.attention.parts import Options, Part
 from kvfabric_client.attention.runs import Run, Runs, joined, without
@@ -26,7 +26,7 @@ def choose(
     if pages.count < 0 or pages.tokens <= 0:
         raise Refused(f"{pages}; give a count, and the tokens of a page")
     before = [part.tokens for part in parts]
-    whole = [_pages(part, pages.tokens) for part in parts]
+    whole = [whole_pages(part.context.source.blocks, part.tokens, pages.tokens) for part in parts]
     for part, runs in zip(parts, whole, strict=True):
         part.tokens = runs
     operator = TopK(parts, options, max(1, pages.count), pages.tokens)
@@ -38,16 +38,6 @@ def choose(
         chosen = _chosen(operator, part, pages)
         always = [*without(all_, runs), *unscored.get(part, [])]
         part.tokens = within(all_, joined([*chosen, *always]))
-
-
-def _pages(part: Part, tokens: int) -> Runs:
-    """The whole pages among a part's tokens that lie in one sealed block each."""
-    found: list[Run] = []
-    for block in part.context.source.blocks:
-        first = -(-block.start // tokens) * tokens
-        found.append((first, first + (block.end - first) // tokens * tokens))
-    inside = within(part.tokens, joined(found))
-    return joined((-(-a // tokens) * tokens, b // tokens * tokens) for a, b in inside)
 
 
 def _chosen(operator: TopK, part: Part, pages: Pages) -> list[Run]:
