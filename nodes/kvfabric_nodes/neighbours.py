@@ -26,7 +26,7 @@ from kvfabric_nodes.orders.confirming import Confirming
 from kvfabric_nodes.orders.state_moves import StateMoves
 from kvfabric_nodes.reporting.heartbeat import Heartbeat
 from kvfabric_nodes.sequences.groups import Groups
-from kvfabric_nodes.sequences.states import States
+from kvfabric_nodes.sequences.handovers import Handovers
 from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.settings import NodeSettings
 from kvfabric_nodes.store.shards import Shard
@@ -43,7 +43,7 @@ class Neighbours:
         on_core: OnCore,
         victims: Victims,
         groups: Groups,
-        states: States,
+        handovers: Handovers,
     ) -> None:
         self._handler = handler
         self.peers = Peers(settings.node, register.endpoints.host)
@@ -66,7 +66,7 @@ class Neighbours:
         )
         self._open_lending()
         poke = self.heartbeat.poke if self.heartbeat else _nobody
-        self.state_moves = StateMoves(handler, states, self.peers, self.puller, register, poke)
+        self.state_moves = StateMoves(handler, handovers, self.peers, self.puller, register, poke)
         handler.offer({"adopt_state": self.state_moves.adopt_state})
         self.commands.hand_over = self.state_moves.hand_over
 

@@ -40,6 +40,7 @@ from kvfabric_nodes.sequences.calls import SequenceCalls
 from kvfabric_nodes.sequences.core import Sequences
 from kvfabric_nodes.sequences.group_calls import GroupCalls
 from kvfabric_nodes.sequences.groups import Groups
+from kvfabric_nodes.sequences.handovers import Handovers
 from kvfabric_nodes.sequences.state_calls import StateCalls
 from kvfabric_nodes.sequences.states import States
 from kvfabric_nodes.sequences.steps import Steps
@@ -118,6 +119,7 @@ class Node:
             self.sequences.check()
             self.groups.check()
             self.states.check()
+            self.handovers.check()
             self.neighbours.check()
 
         asyncio.run_coroutine_threadsafe(check(), self._loop).result(STOP_TIMEOUT_S)
@@ -167,7 +169,7 @@ class Node:
                 server.on_core,
                 self.sequences.victims,
                 self.groups,
-                self.states,
+                self.handovers,
             )
             stack.push_async_callback(self.neighbours.close)
             self._begin(self._tick(core, metrics))
@@ -184,7 +186,8 @@ class Node:
         self.steps = Steps()
         self.sequence_calls = SequenceCalls(handler, self.sequences, verifier)
         self.group_calls = GroupCalls(handler, self.groups, self.steps)
-        self.state_calls = StateCalls(handler, self.states)
+        self.handovers = Handovers(self.states, first_offer=self.incarnation)
+        self.state_calls = StateCalls(handler, self.handovers)
         for calls in (self.sequence_calls, self.group_calls, self.state_calls):
             handler.offer(calls.calls())
 
@@ -216,7 +219,7 @@ class Node:
             self.group_calls.fetch_home = neighbours.homing.fetch_home
             self.state_calls.find = heartbeat.inquiries.find_state
             heartbeat.reports.sequences = self.sequences.columns
-            heartbeat.reports.heads = self.states.report
+            heartbeat.reports.heads = self.handovers.report
             heartbeat.reports.steps = self.steps.take
             self._begin(heartbeat.run())
 

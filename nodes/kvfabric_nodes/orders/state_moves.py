@@ -2,7 +2,7 @@
 
 The source decides: until it has let go of a head, which it does when the destination has said
 that it holds it, the head is the source's. The destination asks the source until it knows. See
-states.py for why the death of either, at whatever moment, leaves one head at most.
+handovers.py for why the death of either, at whatever moment, leaves one head at most.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from kvfabric.types import Key
 from kvfabric_nodes.copying.peers import Peers
 from kvfabric_nodes.copying.puller import Puller
 from kvfabric_nodes.copying.pulls import Outcome, PullOrder
+from kvfabric_nodes.sequences.handovers import Adopted, Handovers, Offer, Said
 from kvfabric_nodes.sequences.state_calls import checked_name
-from kvfabric_nodes.sequences.states import Adopted, Head, Name, Offer, Said, States
+from kvfabric_nodes.sequences.states import Head, Name
 from kvfabric_nodes.serving.handler import Handler
 from kvfabric_nodes.store.promises import Session
 
@@ -45,14 +46,14 @@ class StateMoves:
     def __init__(
         self,
         handler: Handler,
-        states: States,
+        handovers: Handovers,
         peers: Peers,
         puller: Puller,
         me: control_pb2.RegisterRequest,
         moved: Callable[[], object],
     ) -> None:
         self._handler = handler
-        self._states = states
+        self._handovers = handovers
         self._peers = peers
         self._puller = puller
         self._me = me
@@ -78,23 +79,23 @@ class StateMoves:
             self._handing = asyncio.get_running_loop().create_task(self._hand_all(kept))
 
     async def _hand_all(self, wanted: control_pb2.Command.HandOver) -> None:
-        names = self._states.names()
+        names = self._handovers.states.names()
         for start in range(0, len(names), AT_ONCE):
             some = names[start : start + AT_ONCE]
             await asyncio.gather(*(self._hand(name, wanted) for name in some))
 
     async def _hand(self, name: Name, wanted: control_pb2.Command.HandOver) -> None:
-        offer = self._states.freeze(name, self._now() + FROZEN_S)
+        offer = self._handovers.freeze(name, self._now() + FROZEN_S)
         if offer is None:
             return
         failpoints.reach("state.frozen")
         why = await self._offer(name, offer, wanted)
         if why:
-            self._states.thaw(name)
+            self._handovers.thaw(name)
             log.info("state_stays", to=wanted.destination, why=why)
             return
         failpoints.reach("state.agreed")
-        self._states.leave(name, wanted.destination, self._now())
+        self._handovers.leave(name, wanted.destination, self._now())
         failpoints.reach("state.left")
         self._moved()
 
@@ -146,16 +147,16 @@ class StateMoves:
         if self._handler.core.draining:
             raise Retry("this node is being drained, too; ask another one")
         name = checked_name(request)
-        self._states.check_adoptable(name, request.source, request.offer)
+        self._handovers.check_adoptable(name, request.source, request.offer)
         return self._adopt(name, request)
 
     async def _adopt(self, name: Name, request: node_pb2.AdoptStateRequest) -> None:
         await self._fetch(name, request)
         head = Head(request.version, Key(request.key))
-        adopted = self._states.adopt(name, head, request.source, request.offer, self._now())
+        adopted = self._handovers.adopt(name, head, request.source, request.offer, self._now())
         failpoints.reach("state.adopted")
         if await self._ask(name, adopted, request) is not False:
-            self._states.discard(name, self._now())
+            self._handovers.discard(name, self._now())
             raise Retry("the source does not say that it still offers this state")
         task = asyncio.get_running_loop().create_task(self._resolve(name, adopted, request))
         self._resolving.add(task)
@@ -190,7 +191,7 @@ class StateMoves:
             wait_s = min(MOST_WAIT_S, 2 * wait_s)
             known = await self._ask(name, adopted, request)
             if known is None and self._now() > give_up_s:
-                known = self._states.hear(name, adopted, Said(), self._me.node, 0.0, self._now())
+                known = self._handovers.hear(name, adopted, Said(), self._me.node, 0.0, self._now())
         self._moved()
 
     async def _ask(
@@ -210,7 +211,7 @@ class StateMoves:
             if not _nobody_there(error):
                 return None
             said = Said(ended=True)
-        return self._states.hear(name, adopted, said, self._me.node, asked_s, self._now())
+        return self._handovers.hear(name, adopted, said, self._me.node, asked_s, self._now())
 
     def _now(self) -> float:
         return self._handler.clock.now()

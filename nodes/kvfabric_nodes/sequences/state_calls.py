@@ -12,9 +12,12 @@ from typing import Any
 from kvfabric.errors import Refused, Retry
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.sequences.states import Head, Name, States
+from kvfabric_nodes.sequences.handovers import Handovers
+from kvfabric_nodes.sequences.states import Head, Name
 from kvfabric_nodes.serving.handler import Call, Handler, checked_keys
 from kvfabric_nodes.store.promises import Session
+
+TOLD_S = 10.0  # after a head has left, the manager surely knows
 
 Find = Callable[[Name, bool], Awaitable[str | None]]
 """The node that has a state, empty for none; None: the manager does not say. With True the state
@@ -24,8 +27,9 @@ is about to be made here, where there is none."""
 class StateCalls:
     """See the module. `find` None: there is no manager."""
 
-    def __init__(self, handler: Handler, states: States) -> None:
-        self.states = states
+    def __init__(self, handler: Handler, handovers: Handovers) -> None:
+        self.states = handovers.states
+        self._handovers = handovers
         self.find: Find | None = None
         self._handler = handler
 
@@ -95,11 +99,11 @@ class StateCalls:
     def _tell_where(self, name: Name, response: node_pb2.ReadStateResponse) -> None:
         """What a node that has adopted it wants to know."""
         response.incarnation = self._handler.metrics.incarnation
-        if offer := self.states.frozen.get(name):
+        if offer := self._handovers.frozen.get(name):
             response.offer = offer.number
             left_s = offer.until_s - self._handler.clock.now()
             response.frozen_ms = max(1, int(left_s * 1000))
-        elif left := self.states.left.get(name):
+        elif left := self._handovers.left.get(name):
             response.offer, response.node = left.offer, left.node
 
     async def _read_where_it_is(
@@ -112,15 +116,18 @@ class StateCalls:
     async def _elsewhere(self, find: Find, name: Name, *, make: bool) -> str:
         """The other node that has it; empty: none has. Retry where nobody knows."""
         node = await find(name, make)
+        own = self._handler.identity.node
+        left = self._handovers.left.get(name)
+        if left is not None:
+            fresh = self._handler.clock.now() < left.at_s + TOLD_S
+            if node is None or (node in ("", own) and fresh):
+                return left.node
         if node is None:
-            left = self.states.left.get(name)
-            if left is None:
-                raise Retry(
-                    f"state {name[1].hex()[:16]} is not on this node, and the manager does not "
-                    "say yet whether it is on another; come again in a moment"
-                )
-            node = left.node
-        return "" if node == self._handler.identity.node else node
+            raise Retry(
+                f"state {name[1].hex()[:16]} is not on this node, and the manager does not "
+                "say yet whether it is on another; come again in a moment"
+            )
+        return "" if node == own else node
 
 
 def checked_name(

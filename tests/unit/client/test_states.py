@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from kvfabric.errors import Conflict, FabricError
+from kvfabric.errors import Conflict, FabricError, Retry
 from kvfabric_client import Room, StateConflict
 from kvfabric_client.buffers import Bytes
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.sequences.states import Name
 
 from .conftest import core_of, key, payload
 
@@ -76,3 +78,27 @@ def test_a_snapshot_stays_while_the_state_goes_on(room: Room) -> None:
     with room.view([before.key]) as view:
         state.put(payload(2, 5000), expected=before.version)
         assert bytes(view[0] or b"") == payload(1, 5000).tobytes()
+
+
+def test_a_state_that_has_left_is_not_made_anew_before_the_manager_knows(
+    room: Room, node: Node
+) -> None:
+    state = room.state("s")
+    state.put(b"one", expected=0)
+    name = (room.id, state.name)
+
+    async def find(name: Name, make: bool) -> str:
+        return "n0"  # as it was a moment ago
+
+    async def leave() -> None:
+        node.state_calls.find = find
+        assert node.handovers.freeze(name, 0.0)
+        node.handovers.leave(name, "n1", node._clock.now())
+
+    assert node._loop is not None
+    asyncio.run_coroutine_threadsafe(leave(), node._loop).result(10)
+    with pytest.raises(Retry, match="is at node n1, and nobody says how to reach it"):
+        state.get(timeout_s=0.2)
+    with pytest.raises(Retry, match="is at node n1"):
+        state.swap(0, key(1), timeout_s=0.2)
+    assert node.states.count == 0

@@ -9,7 +9,8 @@ import pytest
 
 from kvfabric.errors import Conflict, Retry
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.sequences.states import NO_HEAD, Adopted, Head, Name, Offer, Said, States
+from kvfabric_nodes.sequences.handovers import Adopted, Handovers, Offer, Said
+from kvfabric_nodes.sequences.states import NO_HEAD, Head, Name, States
 from kvfabric_nodes.store.core import NodeCore
 from kvfabric_nodes.store.extents import Extents
 
@@ -26,11 +27,13 @@ class Site:
     node: str
     alive: bool = True
     states: States = field(init=False)
+    hands: Handovers = field(init=False)
     desk: Desk = field(init=False)
 
     def __post_init__(self) -> None:
         core = NodeCore(Extents(SEGMENTS, SEGMENT_BYTES))
         self.states, self.desk = States(core, first_version=10), Desk(core)
+        self.hands = Handovers(self.states)
         self.desk.put([key(number) for number in range(4)])
         self.name: Name = (self.desk.namespace, NAME)
 
@@ -44,13 +47,14 @@ class Site:
         """As StateCalls tells another node."""
         if not self.alive:
             return Said(ended=True)
-        if offer := self.states.frozen.get(self.name):
+        if offer := self.hands.frozen.get(self.name):
             return Said(offer.number, frozen_s=max(0.001, offer.until_s - now_s))
-        left = self.states.left.get(self.name)
+        left = self.hands.left.get(self.name)
         return Said(left.offer, left.node) if left else Said()
 
     def check(self) -> None:
         self.states.check()
+        self.hands.check()
         self.desk.core.check()
 
 
@@ -58,9 +62,9 @@ def offered() -> tuple[Site, Site, Offer, Adopted]:
     """`a` has offered its head, `b` has adopted it."""
     a, b = Site("a"), Site("b")
     a.swap(0, key(1))
-    offer = a.states.freeze(a.name, FROZEN_S)
+    offer = a.hands.freeze(a.name, FROZEN_S)
     assert offer is not None
-    adopted = b.states.adopt(b.name, offer.head, "a", offer.number, 0.0)
+    adopted = b.hands.adopt(b.name, offer.head, "a", offer.number, 0.0)
     return a, b, offer, adopted
 
 
@@ -71,31 +75,31 @@ def test_on_its_way_nobody_answers() -> None:
             site.read()
         with pytest.raises(Retry, match="being moved"):
             site.swap(10, key(2))
-    assert not b.states.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.0)
-    assert a.states.freeze(a.name, 9.0) is None
+    assert not b.hands.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.0)
+    assert a.hands.freeze(a.name, 9.0) is None
 
 
 def test_the_source_lets_go_and_versions_go_on() -> None:
     a, b, _, adopted = offered()
-    a.states.leave(a.name, "b", 0.0)
+    a.hands.leave(a.name, "b", 0.0)
     assert a.read() == NO_HEAD
     assert a.desk.core.shards.claims(*a.name[:1], key(1)) == 0
 
-    assert b.states.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
+    assert b.hands.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
 
     assert b.read() == Head(10, key(1))
     assert b.swap(10, key(2)) == (True, Head(11, key(2)))
-    assert b.states.adopted == {}
+    assert b.hands.adopted == {}
     a.check()
     b.check()
 
 
 def test_what_thaws_stays_and_what_was_adopted_is_discarded() -> None:
     a, b, _, adopted = offered()
-    a.states.thaw(a.name)
+    a.hands.thaw(a.name)
     assert a.swap(10, key(2))[0]
 
-    assert b.states.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
+    assert b.hands.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
 
     assert b.read() == NO_HEAD
     assert b.desk.core.shards.claims(b.name[0], key(1)) == 0
@@ -103,32 +107,32 @@ def test_what_thaws_stays_and_what_was_adopted_is_discarded() -> None:
 
 def test_a_source_that_dies_frozen_leaves_the_head_to_who_adopted_it() -> None:
     a, b, _, adopted = offered()
-    b.states.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.1)
+    b.hands.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.1)
     a.alive = False
-    assert b.states.hear(b.name, adopted, a.says(2.0), "b", 2.0, 2.1)
+    assert b.hands.hear(b.name, adopted, a.says(2.0), "b", 2.0, 2.1)
     assert b.read() == Head(10, key(1))
 
 
 def test_a_source_that_may_have_thawed_before_it_died_takes_the_head_along() -> None:
     a, b, _, adopted = offered()
-    b.states.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.1)
+    b.hands.hear(b.name, adopted, a.says(1.0), "b", 1.0, 1.1)
     a.alive = False
-    assert b.states.hear(b.name, adopted, a.says(2.0), "b", 2.0, FROZEN_S)
+    assert b.hands.hear(b.name, adopted, a.says(2.0), "b", 2.0, FROZEN_S)
     assert b.read() == NO_HEAD
 
 
 def test_another_offer_of_the_same_head_is_another_one() -> None:
     a, b, _, adopted = offered()
-    a.states.thaw(a.name)
-    second = a.states.freeze(a.name, 9.0)
+    a.hands.thaw(a.name)
+    second = a.hands.freeze(a.name, 9.0)
     assert second is not None
-    assert b.states.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)  # to somebody else
-    again = b.states.adopt(b.name, second.head, "a", second.number, 0.2)
-    assert again is b.states.adopt(b.name, second.head, "a", second.number, 0.2)
-    assert b.states.hear(b.name, adopted, a.says(0.3), "b", 0.3, 0.3)  # the first says no more
-    assert b.states.adopted == {b.name: again}
+    assert b.hands.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)  # to somebody else
+    again = b.hands.adopt(b.name, second.head, "a", second.number, 0.2)
+    assert again is b.hands.adopt(b.name, second.head, "a", second.number, 0.2)
+    assert b.hands.hear(b.name, adopted, a.says(0.3), "b", 0.3, 0.3)  # the first says no more
+    assert b.hands.adopted == {b.name: again}
     with pytest.raises(Conflict):  # the first comes late
-        b.states.adopt(b.name, adopted.head, "a", adopted.offer, 0.4)
+        b.hands.adopt(b.name, adopted.head, "a", adopted.offer, 0.4)
 
 
 def test_a_node_with_a_state_of_this_name_adopts_no_other() -> None:
@@ -136,10 +140,10 @@ def test_a_node_with_a_state_of_this_name_adopts_no_other() -> None:
     c = Site("c")
     c.swap(0, key(3))
     with pytest.raises(Conflict, match="on this node already"):
-        c.states.adopt(c.name, offer.head, "a", offer.number, 0.0)
+        c.hands.adopt(c.name, offer.head, "a", offer.number, 0.0)
     with pytest.raises(Conflict, match="on this node already"):
-        b.states.adopt(b.name, offer.head, "c", 99, 0.0)
-    assert a.states.left == {}
+        b.hands.adopt(b.name, offer.head, "c", 99, 0.0)
+    assert a.hands.left == {}
 
 
 def test_reports_tell_what_changed_and_in_full_all_there_is() -> None:
@@ -148,16 +152,16 @@ def test_reports_tell_what_changed_and_in_full_all_there_is() -> None:
     a.states.swap(a.desk.session, a.desk.namespace, other, 0, key(2), 0.0)
 
     def told(site: Site, *, full: bool = False) -> list[tuple[bytes, bool, str]]:
-        return [(h.names, h.gone, h.node) for h in site.states.report(full=full)]
+        return [(h.names, h.gone, h.node) for h in site.hands.report(full=full)]
 
     assert told(a) == [(other + NAME, False, "")]
     assert told(b) == [(NAME, False, "")]  # one that is adopted counts as here
     assert told(a) == []
-    a.states.leave(a.name, "b", 0.0)
+    a.hands.leave(a.name, "b", 0.0)
     a.states.swap(a.desk.session, a.desk.namespace, other, 11, Key(b""), 0.0)
     assert told(a) == [(other, True, ""), (NAME, True, "b")]
     assert told(a, full=True) == [(NAME, True, "b")]
-    b.states.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
+    b.hands.hear(b.name, adopted, a.says(0.1), "b", 0.1, 0.1)
     assert told(b, full=True) == [(NAME, False, "")]
 
 
@@ -216,7 +220,7 @@ class History:
 
     def offer(self) -> None:
         source, destination = self.chance.sample(self.sites, 2)
-        if source.alive and (o := source.states.freeze(source.name, self.now_s + FROZEN_S)):
+        if source.alive and (o := source.hands.freeze(source.name, self.now_s + FROZEN_S)):
             self.flights.append(Flight(source, destination, o))
 
     def adopt(self) -> None:
@@ -225,28 +229,28 @@ class History:
             to, name = flight.destination, flight.source.name
             if not to.alive:
                 self.flights.remove(flight)
-                if flight.source.states.frozen.get(name) == flight.offer:
-                    flight.source.states.thaw(name)  # nobody is there
+                if flight.source.hands.frozen.get(name) == flight.offer:
+                    flight.source.hands.thaw(name)  # nobody is there
                 continue
             try:
-                flight.adopted = to.states.adopt(
+                flight.adopted = to.hands.adopt(
                     name, flight.offer.head, flight.source.node, flight.offer.number, self.now_s
                 )
             except Conflict:
                 flight.answer = False
                 continue
             said = flight.source.says(self.now_s)
-            known = to.states.hear(name, flight.adopted, said, to.node, self.now_s, self.now_s)
+            known = to.hands.hear(name, flight.adopted, said, to.node, self.now_s, self.now_s)
             flight.answer = not known
 
     def answer(self) -> None:
         for flight in self.some(lambda f: f.answer is not None):
             source, name = flight.source, flight.source.name
-            if source.alive and source.states.frozen.get(name) == flight.offer:
+            if source.alive and source.hands.frozen.get(name) == flight.offer:
                 if flight.answer:
-                    source.states.leave(name, flight.destination.node, self.now_s)
+                    source.hands.leave(name, flight.destination.node, self.now_s)
                 else:
-                    source.states.thaw(name)
+                    source.hands.thaw(name)
             flight.answer = None
             if flight.adopted is None:
                 self.flights.remove(flight)
@@ -254,8 +258,8 @@ class History:
     def lose(self) -> None:
         """The answer never comes: the source waits for as long as it said."""
         for flight in self.some(lambda f: self.now_s >= f.offer.until_s):
-            if flight.source.states.frozen.get(flight.source.name) == flight.offer:
-                flight.source.states.thaw(flight.source.name)
+            if flight.source.hands.frozen.get(flight.source.name) == flight.offer:
+                flight.source.hands.thaw(flight.source.name)
                 flight.answer = None
 
     def ask(self) -> None:
@@ -270,7 +274,7 @@ class History:
                 continue
             assert flight.adopted is not None
             if (
-                to.states.hear(to.name, flight.adopted, said, to.node, asked_s, self.now_s)
+                to.hands.hear(to.name, flight.adopted, said, to.node, asked_s, self.now_s)
                 and flight.answer is None
             ):
                 self.flights.remove(flight)
@@ -300,9 +304,9 @@ def test_one_node_at_most_answers_in_any_history(deaths: bool) -> None:
         history = History(seed, deaths=deaths)
         for _ in range(120):
             history.step()
-        moved += sum(bool(site.states.left) for site in history.sites)
+        moved += sum(bool(site.hands.left) for site in history.sites)
         if not deaths:  # it is somewhere, or on its way
-            held = [s for s in history.sites if s.states.names() or s.states.adopted]
+            held = [s for s in history.sites if s.states.names() or s.hands.adopted]
             assert held
     assert moved > 20
 
@@ -310,6 +314,6 @@ def test_one_node_at_most_answers_in_any_history(deaths: bool) -> None:
 def test_states_of_one_name_in_two_namespaces_move_on_their_own() -> None:
     a, b, _, _ = offered()
     other = NamespaceId(b"o" * 32)
-    assert a.states.freeze((other, NAME), 1.0) is None
-    b.states.adopt((other, NAME), Head(3, key(1)), "a", 1, 0.0)
-    assert set(b.states.adopted) == {b.name, (other, NAME)}
+    assert a.hands.freeze((other, NAME), 1.0) is None
+    b.hands.adopt((other, NAME), Head(3, key(1)), "a", 1, 0.0)
+    assert set(b.hands.adopted) == {b.name, (other, NAME)}
