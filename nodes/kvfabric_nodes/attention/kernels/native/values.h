@@ -55,25 +55,12 @@ INLINE void add_some(part *p, const tile *t, const tile *next, const float *s, i
     }
 }
 
-INLINE void add_to_rows(part *p, const tile *t, const tile *next, const float *s, int row_step,
-                        int token_step, int row, int rows, int turns, int element) {
-    const int dims = p->call->value_dim;
-    int d = 0;
-#define ADD_SOME(vectors, last) \
-    add_some(p, t, next, s, row_step, token_step, row, rows, turns, d, vectors, last, element)
-    for (; d + SUM_VECTORS * W <= dims; d += SUM_VECTORS * W) ADD_SOME(SUM_VECTORS, 0);
-    for (; d + 2 * W <= dims; d += 2 * W) ADD_SOME(2, 0);
-    for (; d + W <= dims; d += W) ADD_SOME(1, 0);
-    if (d < dims) ADD_SOME(1, dims - d);
-#undef ADD_SOME
-}
-
-/* For all rows. Touches the next tile's keys. */
-INLINE void add_values(part *p, const tile *t, const tile *next, int row_step, int token_step,
-                       int element) {
+/* For all rows, so many value dims at a time: those stay near until the last row has had them. */
+INLINE void add_to_all(part *p, const tile *t, const tile *next, int row_step, int token_step,
+                       int d, int vectors, int last, int element) {
     const int turns = turns_of(p->rows, SUM_ROWS), full = p->rows / SUM_ROWS * SUM_ROWS;
 #define ADD_TO(row, rows) \
-    add_to_rows(p, t, next, p->s, row_step, token_step, row, rows, turns, element)
+    add_some(p, t, next, p->s, row_step, token_step, row, rows, turns, d, vectors, last, element)
     for (int row = 0; row < full; row += SUM_ROWS) ADD_TO(row, SUM_ROWS);
     switch (p->rows - full) {
     case 1: ADD_TO(full, 1); break;
@@ -81,6 +68,19 @@ INLINE void add_values(part *p, const tile *t, const tile *next, int row_step, i
     case 3: ADD_TO(full, 3); break;
     }
 #undef ADD_TO
+}
+
+/* All of a tile. Touches the next tile's keys. */
+INLINE void add_values(part *p, const tile *t, const tile *next, int row_step, int token_step,
+                       int element) {
+    const int dims = p->call->value_dim;
+    int d = 0;
+#define ADD(vectors, last) add_to_all(p, t, next, row_step, token_step, d, vectors, last, element)
+    for (; d + SUM_VECTORS * W <= dims; d += SUM_VECTORS * W) ADD(SUM_VECTORS, 0);
+    for (; d + 2 * W <= dims; d += 2 * W) ADD(2, 0);
+    for (; d + W <= dims; d += W) ADD(1, 0);
+    if (d < dims) ADD(1, dims - d);
+#undef ADD
 }
 
 #endif
