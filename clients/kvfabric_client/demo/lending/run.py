@@ -13,7 +13,7 @@ from kvfabric.rpc.v1 import control_pb2
 from kvfabric.types import Namespace, NamespaceId
 from kvfabric_client.client import Client, connect
 from kvfabric_client.deadline import Deadline
-from kvfabric_client.demo.lending.cluster import HOME, LENDERS, Cluster, cluster
+from kvfabric_client.demo.cluster import Cluster, cluster
 from kvfabric_client.demo.lending.context import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
@@ -27,6 +27,8 @@ from kvfabric_client.demo.steps import Steps
 from kvfabric_client.manager import Manager
 from kvfabric_client.sequence import Sequence
 
+HOME = "home"
+LENDERS = ("east", "west", "south")
 APPEND_TOKENS = 4 * BLOCK_TOKENS
 READ_TOKENS = 16 * BLOCK_TOKENS
 CALL_S = 5.0
@@ -47,10 +49,11 @@ def run(times_home: int, home_bytes: int, logs: Path, steps: Steps) -> Result:
     result = Result(home_bytes=home_bytes)
     with contextlib.ExitStack() as stack:
         with steps.step("a gManager and four memory nodes, each a process"):
-            starting = cluster(home_bytes, lender_bytes, BLOCK_BYTES, logs)
+            memory = {HOME: home_bytes} | dict.fromkeys(LENDERS, lender_bytes)
+            starting = cluster(memory, BLOCK_BYTES, logs)
             fabric = stack.enter_context(starting)
         manager = stack.enter_context(contextlib.closing(Manager(fabric.manager)))
-        client = stack.enter_context(connect(fabric.home, timeout_s=APPEND_S))
+        client = stack.enter_context(connect(fabric.unix(HOME), timeout_s=APPEND_S))
         stack.enter_context(Watch(manager, steps.note))
         _Story(fabric, client, manager, steps, result).tell(sequence_bytes)
     return result

@@ -6,28 +6,30 @@ return: with less stored, or nothing restored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
-from blake3 import blake3
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvfabric.errors import FabricError, Refused, Unsupported
 from kvfabric.keys import chain, fingerprint_digest, shard_key
 from kvfabric.logs import guest_logger
-from kvfabric.types import DEFAULT_TENANT, Fingerprint, Format, Key, Namespace, Part, Status
+from kvfabric.types import DEFAULT_TENANT, Format, Key, Namespace, Part, Status
 from kvfabric_client import Client, Room
-from kvfabric_client.integrations.fingerprint import named_digest, settings_digest
+from kvfabric_client.integrations.transformers.identity import (
+    BLOCK_TOKENS,
+    as_bytes,
+    model_fingerprint,
+    model_format,
+    tensors,
+    version,
+)
 
-BLOCK_TOKENS = 64
 MAX_BATCH_BLOCKS = 64  # shards under way in one call
 TIMEOUT_S = 5.0
 HELD = (Status.OK, Status.EXISTS)
-
-# What a config says of the files and of the run, not of the KV.
-UNRELATED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype")
 
 log = guest_logger(__name__)
 
@@ -151,10 +153,11 @@ class PrefixStore:
 
     def _refresh(self) -> None:
         """Takes format and fingerprint anew where the weights are not what they were."""
-        versions = [_version(tensor) for _, tensor in _tensors(self._model)]
+        versions = [version(tensor) for _, tensor in tensors(self._model)]
         if versions == self._versions:
             return
-        self._format = _format(self._model, self._block_tokens)
+        _check_full_attention(self._model)
+        self._format = model_format(self._model, self._block_tokens)
         digest = fingerprint_digest(model_fingerprint(self._model, self._format))
         self._namespace = Namespace(self._tenant, digest, self._salt)
         self._room = None
@@ -166,28 +169,7 @@ class PrefixStore:
         return self._room
 
 
-def model_fingerprint(model: PreTrainedModel, form: Format) -> Fingerprint:
-    """What this model's KV depends on; its weights revision is a digest of them in memory.
-
-    Token ids, not text, are what keys are made of, so the tokenizer is left out.
-    """
-    config = {name: v for name, v in model.config.to_dict().items() if name not in UNRELATED}
-    return Fingerprint(
-        model=str(config["model_type"]),
-        weights_revision=named_digest(
-            (f"{name} {tensor.dtype} {list(tensor.shape)}", _digest(tensor))
-            for name, tensor in _tensors(model)
-        ),
-        config=settings_digest(config),
-        tokenizer="",
-        rotary=settings_digest({name: v for name, v in config.items() if name.startswith("rope")}),
-        format=form,
-    )
-
-
-def _format(model: PreTrainedModel, block_tokens: int) -> Format:
-    if block_tokens < 1:
-        raise Refused(f"a block of {block_tokens} tokens holds nothing; give at least 1")
+def _check_full_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {
         DynamicLayer.__name__
@@ -197,41 +179,10 @@ def _format(model: PreTrainedModel, block_tokens: int) -> Format:
             f"{config.model_type} has layers that keep other than the whole KV "
             f"({', '.join(sorted(others))}); only full attention is stored"
         )
-    heads = config.num_attention_heads
-    return Format(
-        dtype=str(model.dtype).removeprefix("torch."),
-        block_tokens=block_tokens,
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights and buffers by name; tied ones once. The rotary frequencies are a buffer."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    """Changes with every write in place, also without gradients, and with the memory itself."""
-    if tensor.is_inference():  # has no counter: a model loaded in inference mode is not watched
-        return tensor.data_ptr(), 0
-    return tensor.data_ptr(), tensor._version  # noqa: SLF001  torch has no public name for it
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    raw = _as_bytes(tensor.detach().cpu().contiguous())
-    return blake3(raw, max_threads=blake3.AUTO).digest()
-
-
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, not a copy of it."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _rows(packed: torch.Tensor) -> list[memoryview]:
-    return [_as_bytes(block) for block in packed]
+    return [as_bytes(block) for block in packed]
 
 
 def _check_holds(cache: DynamicCache, tokens: int, form: Format) -> None:

@@ -1,7 +1,7 @@
-"""The demo's own fabric: one gManager and four memory nodes of unequal size, each a process.
+"""A demo's own fabric: one gManager and memory nodes of unequal size, each a process.
 
 Plain processes instead of Ray's, because the home node is to be much smaller than the others,
-and because one of them is killed on purpose and stays dead.
+and because some of them go on purpose and stay away.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvfabric.errors import Broken
 
-HOME = "home"
-LENDERS = ("east", "west", "south")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 # A fraction of the usual times, so that a person can watch loans and losses as they happen.
@@ -81,17 +79,24 @@ class Cluster:
     """Where its parts are."""
 
     manager: str  # host:port
-    home: str  # the home node's address
+    runtime_dir: Path
     nodes: dict[str, Process]
+
+    def unix(self, node: str) -> str:
+        """The address of a node for clients on its host."""
+        return f"unix:{self.runtime_dir}/{node}.sock"
+
+    def tcp(self, node: str) -> str:
+        """The same for clients on other hosts."""
+        return f"tcp:{self.nodes[node].line['tcp_address']}"
 
 
 @contextlib.contextmanager
-def cluster(
-    home_bytes: int, lender_bytes: int, segment_bytes: int, logs: Path
-) -> Iterator[Cluster]:
-    """Serves until the context is left; then nothing of it is."""
+def cluster(memory: Mapping[str, int], segment_bytes: int, logs: Path) -> Iterator[Cluster]:
+    """`memory`: bytes, by a node's name. Serves until the context is left; then nothing of it
+    is."""
     logs.mkdir(parents=True, exist_ok=True)
-    runtime_dir = Path(tempfile.mkdtemp(prefix="kvfabric-lending-", dir="/tmp"))
+    runtime_dir = Path(tempfile.mkdtemp(prefix="kvfabric-demo-", dir="/tmp"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
         manager = Process(
@@ -104,12 +109,12 @@ def cluster(
         )
         stack.callback(manager.end)
         nodes: dict[str, Process] = {}
-        for name in (HOME, *LENDERS):
-            memory = home_bytes if name == HOME else lender_bytes
+        for name, memory_bytes in memory.items():
             nodes[name] = Process(
                 "kvfabric_nodes",
                 [
-                    *("--node", name, "--memory", str(memory), "--segment", str(segment_bytes)),
+                    *("--node", name, "--memory", str(memory_bytes)),
+                    *("--segment", str(segment_bytes)),
                     *("--runtime-dir", str(runtime_dir), "--manager", manager.line["manager"]),
                     *NODE_OPTIONS,
                     *("--keeper", "false"),  # what is killed here is to stay dead
@@ -117,4 +122,4 @@ def cluster(
                 logs / f"{name}.log",
             )
             stack.callback(nodes[name].end)
-        yield Cluster(manager.line["manager"], f"unix:{runtime_dir}/{HOME}.sock", nodes)
+        yield Cluster(manager.line["manager"], runtime_dir, nodes)
