@@ -425,6 +425,7 @@ class Sequences:
         """The sealed part stays, for whoever resumes it."""
         for fork in list(sequence.forks.values()):
             self.end(fork, now_s, let_go=let_go)
+        sequence.cuts += bool(sequence.tails)
         self._shed(sequence, 0, let_go=let_go)
         sequence.length, sequence.ahead = sequence.sealed, {}
         self._forget_writer(sequence)

@@ -80,7 +80,7 @@ class OpenSequence:
     lent_first: int = 0  # its first blocks, so many of which are known not to be here
     watched_s: float = 0.0  # when its deadline is looked at, at the latest
     calls: int = 0  # under way: such a sequence does not end by itself
-    cuts: int = 0  # how often something that was visible was forgotten, to be written anew
+    cuts: int = 0  # how often open blocks that were seen may have been written anew
     open: bool = True
 
     @property
