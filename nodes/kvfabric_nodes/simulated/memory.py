@@ -25,6 +25,7 @@ NAMESPACE = NamespaceId(b"simulated namespace of one tenant"[:32])
 IDLE_S = 600.0
 SEEK_S = 10.0  # how long a search for room may take
 FIRST_BLOCKS = 16  # of a long request: so many must fit before it is admitted
+KEPT_BLOCKS = 16  # which a long prompt that comes in leaves to others: they need a few each
 AHEAD_BLOCKS = 256  # of a prompt that is coming, room is sought for at a time
 HEARD_S = 2.0  # what the manager said of others' memory is believed for so long
 MARGIN = 0.7  # of that much
@@ -83,6 +84,8 @@ class SimulatedMemory:
             return True
         if not self._shape.lending:
             return False
+        if free >= blocks and blocks <= FIRST_BLOCKS:
+            return True  # what is owed is a long prompt's, for which others lend
         first = min(blocks, FIRST_BLOCKS)
         if free < first:
             if not self._seeking():
@@ -110,7 +113,9 @@ class SimulatedMemory:
         self._sequences.touch(sequence, now_s)
         while True:
             wanted = -(-(tokens - sequence.sealed) // self._blocks.block_tokens)
-            lacking, _ = self._sequences.extend(sequence, wanted, now_s)
+            allowed = min(wanted, self._allowed(held))
+            lacking, _ = self._sequences.extend(sequence, allowed, now_s)
+            lacking += wanted - allowed
             end = min(tokens, sequence.room)
             if end > sequence.length:
                 sequence.append(sequence.length, end - sequence.length, 0, 1)
@@ -195,6 +200,15 @@ class SimulatedMemory:
             self._sequences.seal(sequence, key, full, (checksum(payload),), now_s)
             held.keys.append(key)
         return count
+
+    def _allowed(self, held: Held) -> int:
+        """The open blocks that a sequence may have, if there is room: with lending, a long
+        prompt that comes in does not take the last ones."""
+        sequence = held.sequence
+        long = held.tokens > FIRST_BLOCKS * self._blocks.block_tokens
+        if not (self._shape.lending and long and sequence.length < held.tokens):
+            return self._capacity
+        return len(sequence.tails) + max(0, self._free_blocks() - KEPT_BLOCKS)
 
     def _free_blocks(self) -> int:
         """Free ones, and cache that nobody needs: a reservation evicts it."""

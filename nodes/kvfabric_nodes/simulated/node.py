@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from kvfabric.directory import Inventory
 from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import control_pb2, types_pb2
-from kvfabric.simulation.engine import Promise, Task
+from kvfabric.simulation.engine import Event, Promise, Task
 from kvfabric.simulation.nodes import MANAGER, Ground, Shape, Written
 from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId, Status
 from kvfabric_nodes.copying.pulls import Outcome, Pulled, PullLimits, Pulls
@@ -45,6 +45,8 @@ from kvfabric_nodes.store.shards import Shard
 CONFIRM_S = 2.0  # as in confirming.py
 POKE_GAP_S = 0.02  # as in heartbeat.py
 RETRY_S = 0.5
+MIN_WAIT_S = 0.005  # clocks drift: a timer may be a little early
+TIMER_S = 1.0  # ticks come sooner than this
 CALLS = {
     "Lend": "lend",
     "RenewLoans": "renew_loans",
@@ -86,6 +88,7 @@ class SimulatedNode:
         self._reports.loans = self.lending.loans
         self._reports.sequences = self.sequences.columns
         self._reports.steps = self.memory.take_steps
+        self._reports.rates = self.puller.take_rates
         self._commands = self._obedience()
         self._epoch = 0
         self._connected = False
@@ -93,6 +96,7 @@ class SimulatedNode:
         self._wake: Promise[None] | None = None  # of a pause between two heartbeats
         self._may_wake = False
         self._tasks: dict[Task, None] = {}
+        self._timer: Event | None = None  # for what lending has to do before the next tick
         self._stopped = False
         self.core.on_dropped.append(self._dropped)
 
@@ -220,6 +224,17 @@ class SimulatedNode:
         while instructions := self.lending.take():
             for instruction in instructions:
                 self._carry_out(instruction)
+        if self._timer is not None:
+            self._timer.cancel()
+        wait_s = max(MIN_WAIT_S, self.lending.due_s() - self._now())
+        soon = wait_s < TIMER_S
+        self._timer = self._simulation.after(wait_s, self._on_timer) if soon else None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if not self._stopped:
+            self.lending.tick(self._now())
+            self.carry_out()
 
     def _carry_out(self, wanted: Instruction) -> None:
         if isinstance(wanted, Fetch):

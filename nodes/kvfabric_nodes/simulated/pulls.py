@@ -140,6 +140,7 @@ class SimulatedPuller:
     ) -> None:
         self.pulls = pulls
         self.copied_bytes = 0
+        self._rates: dict[str, int] = {}
         self._name = name
         self._core = core
         self._tags = tags
@@ -164,6 +165,11 @@ class SimulatedPuller:
         self._stopped = True
         for task in self._tasks:
             task.kill()
+
+    def take_rates(self) -> dict[str, int]:
+        """The links measured since this was asked last, in bytes a second."""
+        taken, self._rates = self._rates, {}
+        return taken
 
     def pump(self) -> None:
         """Starts what may start, and tells of what has ended."""
@@ -223,7 +229,10 @@ class SimulatedPuller:
         granted = self._reserve(batch, header, wanted, verdicts)
         self._ground.reach("pull.reserved", self._name, order.source)
         size_bytes = sum(wanted[key].size_bytes for key in granted)
+        begun_s = self._now()
         came = await network.carry(order.source, self._name, size_bytes, float(order.bytes_per_s))
+        if came and size_bytes and not order.bytes_per_s:
+            self._rates[order.source] = int(size_bytes / max(1e-6, self._now() - begun_s))
         source = self._sources_of(order.source) if came else None
         moved = 0
         for key, (reservation, index) in granted.items():
