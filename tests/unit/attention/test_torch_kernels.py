@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 from tests.unit.attention.kernel_contract import KernelContract
 from tests.unit.attention.scattered import Case, scattered
 
-from kvfabric_nodes.attention.kernels import Kernel
+from kvfabric.attention.merge import Partial
+from kvfabric_nodes.attention.kernels import Kernel, Work
+from kvfabric_nodes.attention.kernels.cuda import CudaKernel
+from kvfabric_nodes.attention.kernels.memory import over
 from kvfabric_nodes.attention.kernels.torch_cpu import TorchKernel
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 class TestTorch(KernelContract):
@@ -38,3 +43,36 @@ class TestTorch(KernelContract):
 
     def test_a_soft_cap_is_left_to_others(self) -> None:
         assert self.kernel().refuses(scattered(Case(softcap=2.0)).work)
+
+
+class Uploaded(CudaKernel):
+    """Brings a work's pieces to the device first; there they lie scattered as before."""
+
+    def attend(self, work: Work) -> Partial:
+        shape = work.shape
+        keys = (shape.key_token_stride, shape.key_head_stride)
+        values = (shape.value_token_stride, shape.value_head_stride)
+        held = [
+            self._upload(work, work.keys, shape.key_dim, *keys),
+            self._upload(work, work.values, shape.value_dim, *values),
+        ]
+        places = [np.array([piece.data_ptr() for piece in pieces], np.int64) for pieces in held]
+        return super().attend(dataclasses.replace(work, keys=places[0], values=places[1]))
+
+    def _upload(self, work: Work, places: Any, dim: int, token: int, head: int) -> list[Any]:
+        """Of each piece all bytes from its first number to its last."""
+        rest = (work.shape.kv_heads - 1) * head + dim * work.shape.item_bytes
+        return [
+            torch.from_numpy(over(int(place), "u1", (rest + (int(n) - 1) * token,), (1,))).cuda()
+            for place, n in zip(places, work.tokens, strict=True)
+        ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+class TestCuda(KernelContract):
+    o_error = 2e-2  # as TestTorch, and tf32 within float32
+    lse_error = 2e-3
+
+    def kernel(self) -> Kernel:
+        return Uploaded()
