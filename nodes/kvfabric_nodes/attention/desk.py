@@ -75,6 +75,7 @@ class Desk:
                     f"spans {spans[0].id} and {span.id} have different formats; ask for each "
                     "format in a call of its own"
                 )
+            self.spans.use(span, now_s)
         found = [(span, self.spans.sequence_of(session, span, now_s)) for span in spans]
         return Opened(self.spans, found)
 

@@ -21,6 +21,7 @@ from kvfabric_nodes.store.promises import Session
 from kvfabric_nodes.store.shards import Shard
 
 MAX_POSITION = 1 << 48
+USED_S = 1.0  # so often blocks that are attended count as used
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Span:
     placed: list[Placed] = field(default_factory=list)
     ranges: list[Range] = field(default_factory=list)  # of these, neighbours joined
     known: _Known | None = None
+    used_s: float = -USED_S
 
 
 class Spans:
@@ -174,6 +176,14 @@ class Spans:
         if not span.sequence:
             return None
         return self.sequences.find(session, span.sequence, now_s)
+
+    def use(self, span: Span, now_s: float) -> None:
+        """What is attended is not evicted before what lies about."""
+        if span.known is not None and now_s - span.used_s >= USED_S:
+            span.used_s = now_s
+            use = self.core.shards.next_use()
+            for shard in span.known.shards:
+                shard.last_used = use
 
     def here(self, span: Span, keys: Sequence[Key]) -> list[bool]:
         """Which of these shards lie here now."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from tests.unit.client.conftest import Start, address
 from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, check, ids, kv, rows
 
-from kvfabric.types import Format, Status
+from kvfabric.types import Format, Key, Status
 
 FORM = Format("float32", block_tokens=16, layers=3, kv_heads=2, head_dim=8)
 
@@ -82,3 +84,23 @@ def test_shards_are_attended_by_their_keys_and_what_is_missing_is_a_gap(ask: Ask
         ask.span_of_keys(FORM, span=opened.span, keys=[keys[1]], first_tokens=[16])
         queries[2].ranges = [(10, 35)]
         check(ask.attend(call := Call(FORM, queries[2:])), call)
+
+
+def test_what_is_attended_is_evicted_last(start: Start) -> None:
+    node = start(memory=1 << 20, segment=64 << 10)
+    size = 3 * 2 * 2 * 16 * 8 * 4
+    room = (1 << 20) // (64 << 10) * ((64 << 10) // size)
+    keys = [Key(number.to_bytes(32, "big")) for number in range(room + 10)]
+    blocks = [np.zeros(size, np.uint8) for _ in keys]
+    with asker(address(node, "unix")) as ask:
+        ask.room.put(keys[:20], blocks[:20])
+        places = [16 * number for number in range(10)]
+        span = ask.span_of_keys(FORM, keys=keys[:10], first_tokens=places).span
+        zeros = np.zeros((3, 2, 2, 160, 8), np.float32)
+        call = Call(FORM, [Query(span, rows(FORM, 1), 160, zeros)])
+        for _ in range(2):  # the first looks where they lie
+            check(ask.attend(call), call)
+        for number in range(20, len(keys)):
+            ask.room.put([keys[number]], [blocks[number]])
+        assert not ask.attend(call).gaps
+        assert ask.room.match(keys[10:20]).matched == 0
