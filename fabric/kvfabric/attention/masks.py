@@ -38,6 +38,8 @@ def sight(
         raise Refused(f"{len(positions)} positions for {rows} query rows; give none or one each")
     if min(visible, window, sinks) < 0:
         raise Refused(f"visible {visible}, window {window}, sinks {sinks}: none may be negative")
+    if not len(positions) and not window:
+        return Sight(np.zeros(rows, np.int64), np.full(rows, visible, np.int64))
     at = np.asarray(positions, np.int64) if len(positions) else np.full(rows, visible, np.int64)
     lo = at - window + 1 if window else np.zeros(rows, np.int64)
     return Sight(np.maximum(lo, 0), np.minimum(at + 1, visible), sinks if window else 0)
@@ -48,7 +50,7 @@ def seen(sight: Sight) -> list[tuple[int, int]]:
     the lowest bound to the highest. What lies outside is neither attended nor missed."""
     if not len(sight.hi):
         return []
-    low, high = int(sight.lo.min()), int(sight.hi.max())
+    low, high = min(sight.lo.tolist()), max(sight.hi.tolist())  # of few rows, faster than numpy's
     sinks = min(sight.sinks, low, high)
     return [(first, end) for first, end in ((0, sinks), (low, high)) if first < end]
 

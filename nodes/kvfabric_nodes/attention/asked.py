@@ -158,13 +158,17 @@ def work(options: Options, rows: Sequence[Asked], pieces: Pieces) -> Work:
         values=begins(shape, layer, pieces, values=True),
         tokens=(pieces.end - pieces.first).astype(np.int32),
         first=pieces.first,
-        queries=np.ascontiguousarray(np.concatenate([one.vectors for one in rows])),
+        queries=_joined([one.vectors for one in rows]),
         query_dtype=options.query_dtype,
         sight=Sight(
-            np.concatenate([one.sight.lo for one in rows]),
-            np.concatenate([one.sight.hi for one in rows]),
+            _joined([one.sight.lo for one in rows]),
+            _joined([one.sight.hi for one in rows]),
             options.sinks,
         ),
         scale=options.scale,
         softcap=options.softcap,
     )
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
