@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.types import Format, Key, Namespace, Status
-from kvfabric_client.aio_sequence import AsyncGroup, AsyncSequence, AsyncState
+from kvfabric_client.aio_sequence import AsyncBank, AsyncGroup, AsyncSequence, AsyncState
 from kvfabric_client.answers import Match, View
 from kvfabric_client.buffers import Bytes
 from kvfabric_client.client import Client
@@ -182,6 +182,9 @@ class AsyncRoom:
     async def sequence(self, form: Format | None = None, **options: Any) -> AsyncSequence:
         """As `Room.sequence`, for an `async with` statement once it is awaited."""
         return AsyncSequence(await self._run(self._room.sequence, form, **options), self._run)
+
+    def bank(self, form: Format, keys: Sequence[Key], **options: Any) -> AsyncBank:
+        return AsyncBank(self._room.bank(form, keys, **options), self._run)
 
     async def group(self, chains: Sequence[Sequence[Key]], **options: Any) -> AsyncGroup:
         return AsyncGroup(await self._run(self._room.group, chains, **options), self._run)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from kvfabric_client.attention.bank import Bank
 from kvfabric_client.blocks import Array
 from kvfabric_client.group import Group, Shared
 from kvfabric_client.sequence import Sequence
@@ -149,3 +150,16 @@ class AsyncState:
     swap = _as_coroutine(State.swap)
     put = _as_coroutine(State.put)
     update = _as_coroutine(State.update)
+
+
+class AsyncBank:
+    """See `Bank`."""
+
+    def __init__(self, bank: Bank, run: Run) -> None:
+        self.sync = bank
+        self.run = run
+
+    top_k = _as_coroutine(Bank.top_k)
+    reduce = _as_coroutine(Bank.reduce)
+    attend = _as_coroutine(Bank.attend)
+    close = _as_coroutine(Bank.close)

@@ -58,7 +58,7 @@ class Outline:
         self.tokens = array("I")  # ids of every token of which at least one layer is visible
         self.blocks: list[Sealed] = []
         self.visible = [0] * shape.layers
-        self.uncut = 0  # tokens before which no block has changed since `take_uncut`
+        self.cut = False  # a sealed block was, or was exchanged, since `take_cut`
 
     @property
     def length(self) -> int:
@@ -157,8 +157,8 @@ class Outline:
         known = [block.key for block in self.blocks]
         if list(keys[: len(known)]) != known[: len(keys)]:
             raise Conflict("the node's sequence holds other blocks; somebody else has written it")
+        self.cut = self.cut or len(keys) < len(self.blocks)
         del self.blocks[len(keys) :]
-        self.uncut = min(self.uncut, self.sealed)
         for key, count in zip(keys[len(self.blocks) :], tokens[len(self.blocks) :], strict=True):
             end = self.sealed + count
             named = self._named(self.sealed, [end], self.link) if end <= self.length else []
@@ -174,16 +174,16 @@ class Outline:
 
     def truncate(self, length: int) -> None:
         """A sealed block that it cuts is open again."""
-        self.uncut = min(self.uncut, length)
+        self.cut = self.cut or length < self.sealed
         del self.tokens[length:]
         while self.blocks and self.blocks[-1].end > length:
             self.blocks.pop()
         self.visible = [min(visible, length) for visible in self.visible]
 
-    def take_uncut(self) -> int:
-        """Up to where all sealed blocks are those that were there when it was asked last."""
-        uncut, self.uncut = self.uncut, self.sealed
-        return uncut
+    def take_cut(self) -> bool:
+        """Whether some sealed blocks are not those that they were when it was asked last."""
+        cut, self.cut = self.cut, False
+        return cut
 
     def fork(self, length: int) -> Outline:
         """A second one that has the same up to `length`."""
@@ -191,7 +191,7 @@ class Outline:
         other.tokens = self.tokens[:]
         other.blocks = list(self.blocks)
         other.visible = list(self.visible)
-        other.uncut = self.uncut
+        other.cut = self.cut
         other.truncate(length)
         return other
 

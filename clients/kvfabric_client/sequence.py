@@ -296,6 +296,7 @@ class Sequence(SequenceReads):
     def _end_tentative(self) -> None:
         for fork in list(self._tentative):
             fork.closed = True
+            fork.context.close()
         self._tentative.clear()
 
     def _note_attempts(self) -> None:

@@ -158,6 +158,7 @@ class Writer(Seat):
         if fork is not None:
             self.home.tails.inherit(fork.home.tails)
             self.outline = fork.outline
+            self.outline.cut = True  # the parent may have gone another way since the fork
         self.outline.truncate(tokens)
         self.home.tails.update(answer.tails, deadline)
         self.home.tails.restore(cut)

@@ -47,8 +47,8 @@ class BankSource:
         self.blocks = sorted(blocks, key=lambda block: block.start)
         self.home = ""
 
-    def take_uncut(self) -> int:
-        return self.blocks[-1].end if self.blocks else 0
+    def take_cut(self) -> bool:
+        return False
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         places: list[str | None] = [HOME] * len(indices)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvfabric.attention.merge import Partial, combine, merge
+from kvfabric.errors import Refused
 from kvfabric_client.attention.answers import Attended, Pages, Traffic
 from kvfabric_client.attention.asking import Asked, ask
 from kvfabric_client.attention.exact import Attention
@@ -41,6 +42,9 @@ def attend_batch(
     """
     if not queries:
         return []
+    writers = [id(one) for query in queries if query.new is not None for one in query.sequences]
+    if len(writers) > len(set(writers)):
+        raise Refused("new tokens of one sequence in two queries; give them in one")
     deadline = queries[0].sequences[0].writer.room.client.deadline(timeout_s)
     with _held(queries, deadline):
         shape = shape_for(queries[0].sequences[0].shape, value_dim)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvfabric_client.attention.route import HOME, Block, Route, touched
 from kvfabric_client.attention.runs import Runs, without
-from kvfabric_client.attention.spans import Span
+from kvfabric_client.attention.spans import Span, close
 from kvfabric_client.blocks import BlockShape
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.link import Link
@@ -36,8 +36,8 @@ class Source(Protocol):
     def sequence(self) -> int:
         """Its number there. 0: it is none."""
 
-    def take_uncut(self) -> int:
-        """Up to where its blocks are those that were there when it was asked last."""
+    def take_cut(self) -> bool:
+        """Whether some blocks are not those that they were when it was asked last."""
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         """Per block the address of the node that the home names for it; None: it knows none."""
@@ -60,16 +60,14 @@ class Context:
         """Before each call: looks where everything lies the first time, and after a cut what of
         that still stands."""
         blocks = self.source.blocks
-        uncut = self.source.take_uncut()
+        cut = self.source.take_cut()
         if not self._known:
             self._known = True
             self._look(deadline)
-        elif not blocks or uncut < blocks[-1].end:
+        elif cut:
             self.route.recheck(blocks)
             keys = {block.start: block.key for block in blocks}
-            for place, span in list(self._spans.items()):
-                if span.holds_others(keys):
-                    self._spans.pop(place).close()
+            self._drop([at for at, span in self._spans.items() if span.holds_others(keys)])
 
     def _look(self, deadline: Deadline) -> None:
         blocks = self.source.blocks
@@ -90,8 +88,7 @@ class Context:
         sequence = source.sequence if place == HOME else 0
         span = self._spans.get((place, value_dim))
         if span is None or span.link is not link or span.sequence != sequence:
-            if span is not None:
-                span.close()
+            self._drop([(place, value_dim)])
             room = source.room
             link.open(room.namespace, room.id, deadline.at_s)
             span = Span(link, room.id, source.shape, value_dim, sequence)
@@ -103,14 +100,14 @@ class Context:
 
     def forget(self, place: str) -> None:
         """A node did not know its spans any more, or not as they are here."""
-        for known in [known for known in self._spans if known[0] == place]:
-            self._spans.pop(known).close()
+        self._drop([at for at in self._spans if at[0] == place])
 
     def close(self) -> None:
         """The nodes may forget it. Safe to repeat."""
-        spans, self._spans = self._spans, {}
-        for span in spans.values():
-            span.close()
+        self._drop(list(self._spans))
+
+    def _drop(self, which: Iterable[tuple[str, int]]) -> None:
+        close([self._spans.pop(at) for at in which if at in self._spans])
 
 
 class Search:

@@ -46,8 +46,8 @@ class SequenceSource:
     def sequence(self) -> int:
         return self.writer.home.sequence
 
-    def take_uncut(self) -> int:
-        return self.writer.outline.take_uncut()
+    def take_cut(self) -> bool:
+        return self.writer.outline.take_cut()
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         home, client = self.writer.home, self.writer.room.client

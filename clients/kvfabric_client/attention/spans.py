@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvfabric.errors import FabricError
@@ -78,11 +78,15 @@ class Span:
         """Whether some of its blocks are not these any more, by their first tokens."""
         return any(keys.get(first) != key for first, key in self.keys.items())
 
-    def close(self) -> None:
-        """Tells the node, which would forget it with the session."""
-        if not self.id or not self.link.alive():
-            return
-        request = node_pb2.CloseSpanRequest(spans=[self.id])
+
+def close(spans: Iterable[Span]) -> None:
+    """Tells their nodes, which would forget them with the session."""
+    by_link: dict[Link, list[int]] = {}
+    for span in spans:
+        if span.id and span.link.alive():
+            by_link.setdefault(span.link, []).append(span.id)
+    for link, ids in by_link.items():
+        request = node_pb2.CloseSpanRequest(spans=ids)
         until_s = time.monotonic() + CLOSE_S
-        with contextlib.suppress(FabricError), self.link.connection(until_s) as connection:
+        with contextlib.suppress(FabricError), link.connection(until_s) as connection:
             connection.tell("close_span", request, until_s)

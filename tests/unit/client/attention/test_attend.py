@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.client.conftest import counter
+from tests.unit.client.test_deadlines import eventually
 
 import kvfabric_client
 from kvfabric.attention.merge import Partial
 from kvfabric.errors import Refused
 from kvfabric.types import Format, Namespace
-from kvfabric_client import Client, Missing, Query, Room, attend_batch
+from kvfabric_client import Client, Missing, Pages, Query, Room, attend_batch
 from kvfabric_client.attention.parts import Part
 
 from .numbers import check, expected, fill, random_kv, random_queries
@@ -159,6 +161,35 @@ def test_forks_cuts_and_attempts_are_attended_as_they_are(room: Room) -> None:
         check(sequence.attend(queries, layer=1), want)
 
 
+def test_blocks_that_were_sealed_short(room: Room) -> None:
+    with room.sequence(FORM) as sequence:
+        kv = random_kv(sequence.shape, 100)
+        queries = random_queries(1, 4, 32)
+        for end in (37, 59, 100):
+            fill(sequence, kv[..., :end, :])
+            want = expected(sequence.shape, kv[..., :end, :], 1, queries)
+            check(sequence.attend(queries, layer=1), want)
+            sequence.seal()
+            check(sequence.attend(queries, layer=1), want)
+        every = sequence.attend(queries, layer=0, pages=Pages(100, 8))  # whole ones, and the rest
+        check(every, expected(sequence.shape, kv, 0, queries))
+
+
+def test_attempts_that_end_leave_no_spans_behind(room: Room, client: Client) -> None:
+    with room.sequence(FORM) as sequence:
+        fill(sequence, random_kv(sequence.shape, 20))
+        queries = random_queries(1, 4, 32)
+        for _ in range(5):
+            attempts = [sequence.fork(tentative=True) for _ in range(3)]
+            for attempt in attempts:
+                attempt.attend(queries, layer=0)
+            sequence.accept(attempts[0])
+        sequence.attend(queries, layer=0)
+        sequence.accept(None)
+        assert eventually(lambda: counter(client, "kvfabric_node_spans") == 1)
+    assert eventually(lambda: counter(client, "kvfabric_node_spans") == 0)
+
+
 def test_what_the_engine_keeps_itself_is_merged(room: Room) -> None:
     with room.sequence(FORM) as sequence:
         kv = random_kv(sequence.shape, 77)
@@ -207,6 +238,9 @@ def test_a_batch_of_requests_in_one_call(room: Room) -> None:
             check(answer, expected(sequences[i].shape, kvs[i], 1, queries[i]))
         check(answers[5], expected(sequences[0].shape, kvs[0], 1, queries[1], visible=9))
         assert attend_batch([], layer=0) == []
+        one = Query(sequences[0], queries[0], new=([1], kvs[0][0, 0, :, :1], kvs[0][0, 1, :, :1]))
+        with pytest.raises(Refused, match="in two queries"):
+            attend_batch([one, one], layer=0)
 
 
 def test_several_threads_on_one_sequence(room: Room) -> None:
