@@ -43,6 +43,13 @@ class Task:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    def is_like(self, other: Task) -> bool:
+        return self.kind is not None and self.kind == other.kind
+
+    def wanted(self, now_s: float) -> bool:
+        """Its caller still waits, and its deadline has not passed."""
+        return now_s <= self.deadline_s and not self.done.cancelled()
+
     async def computed(self) -> None:
         """Raises what kept it from it: Retry where its deadline passed first."""
         await self.done
@@ -110,7 +117,7 @@ class Engine:
         while self._waiting:
             task = self._waiting.popleft()
             task.waited_s = now_s - task.since_s
-            if now_s <= task.deadline_s and not task.done.cancelled():
+            if task.wanted(now_s):
                 return task
             task.error = Retry(
                 f"the deadline passed after {task.waited_s:.3f} s in the queue; give it more "
@@ -120,17 +127,18 @@ class Engine:
         return None
 
     def _take_alike(self, first: Task) -> list[Task]:
-        same = (task for task in self._waiting if first.kind and task.kind == first.kind)
-        alike = list(itertools.islice(same, MAX_TOGETHER - 1))
-        for task in alike:
+        now_s = self._clock.now()
+        alike = (task for task in self._waiting if task.is_like(first) and task.wanted(now_s))
+        taken = list(itertools.islice(alike, MAX_TOGETHER - 1))
+        for task in taken:
             self._waiting.remove(task)
-            task.waited_s = self._clock.now() - task.since_s
-        return alike
+            task.waited_s = now_s - task.since_s
+        return taken
 
     def _finish(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             task.finish()
             self._tally.waited_s += task.waited_s
-            self._tally.refusals["late"] += isinstance(task.error, Retry)
             if not task.done.done():  # else its caller has gone
+                self._tally.refusals["late"] += isinstance(task.error, Retry)
                 task.done.set_result(None)

@@ -24,6 +24,7 @@ class Gate(ReferenceKernel):
 
     def __init__(self) -> None:
         self.works: list[Work] = []
+        self.error: Exception | None = None
         self._open = threading.Event()
         self._open.set()
         self._reached = threading.Semaphore(0)
@@ -32,6 +33,8 @@ class Gate(ReferenceKernel):
         self.works.append(work)
         self._reached.release()
         assert self._open.wait(TIMEOUT_S)
+        if self.error is not None:
+            raise self.error
         return super().attend(work)
 
     @contextmanager

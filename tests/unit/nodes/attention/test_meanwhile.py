@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tests.unit.client.conftest import Start, address, core_of
+from tests.unit.client.conftest import Start, address, core_of, counter
 from tests.unit.client.test_deadlines import eventually
 from tests.unit.nodes.attention.asking import (
     Asker,
@@ -25,11 +25,12 @@ from tests.unit.nodes.attention.asking import (
 )
 from tests.unit.nodes.attention.slow import TIMEOUT_S, Gate
 
-from kvfabric.errors import Conflict, Refused, Retry
+from kvfabric.errors import Broken, Conflict, Refused, Retry
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Format
 from kvfabric.wire.connection import Connection
 from kvfabric_client import Sequence
+from kvfabric_nodes.attention import engine
 from kvfabric_nodes.node import Node
 
 FORM = Format("float32", block_tokens=16, layers=2, kv_heads=2, head_dim=8)
@@ -202,6 +203,42 @@ def test_what_waits_for_the_same_blocks_is_computed_together(
         assert [answer.result().stacked for answer in answers] == [2, 2, 1]
         computed = sorted((work.rows, int(work.tokens.sum())) for work in gate.works)
         assert computed == [(1, 8), (1, 36), (1, 40), (2, 4), (3, 32)]
+
+
+def test_more_than_may_wait_are_told_to_come_again(
+    ask: Asker,
+    node: Node,
+    gate: Gate,
+    thread: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "MAX_WAITING", 2)
+    with appended(ask) as sequence:
+        call = Call(FORM, [Query(ask.span_of(FORM, sequence.id), rows(FORM, 1), 40, CONTEXT)])
+        with gate.closed():
+            answers = [thread.submit(ask.attend, call)]
+            gate.reached()
+            answers += [thread.submit(ask.attend, call) for _ in range(2)]
+            assert eventually(lambda: len(core_of(node)._readings) == 3)
+            with pytest.raises(Retry, match="2 calls wait"):
+                ask.attend(call)
+        for answer in answers:
+            check(answer.result(TIMEOUT_S), call)
+        refused = 'kvfabric_node_attend_refusals_total{reason="full"}'
+        assert counter(ask.client, refused) == 1
+
+
+def test_a_kernel_that_fails_is_told_and_the_next_call_is_computed(
+    ask: Asker, node: Node, gate: Gate
+) -> None:
+    with appended(ask) as sequence:
+        call = Call(FORM, [Query(ask.span_of(FORM, sequence.id), rows(FORM, 1), 40, CONTEXT)])
+        gate.error = MemoryError("no scratch")
+        with pytest.raises(Broken, match="no scratch"):
+            ask.attend(call)
+        gate.error = None
+        check(ask.attend(call), call)
+        assert not core_of(node)._readings
 
 
 def test_spans_end_with_their_session(node: Node, ask: Asker) -> None:
