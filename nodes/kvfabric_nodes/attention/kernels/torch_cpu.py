@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 from kvfabric_nodes.attention.kernels import Work, memory
@@ -41,9 +42,9 @@ class TorchKernel(FusedKernel):
         if not _installed():
             return "torch is not installed"
         loading = _loading()
-        if self._only:
-            loading.join()
-        return "torch is still being loaded" if loading.is_alive() else ""
+        if self._only or loading.done():
+            return loading.result()
+        return "torch is still being loaded"
 
     def over(
         self, address: int, kind: str, sizes: tuple[int, ...], strides: tuple[int, ...]
@@ -66,11 +67,19 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _loading() -> threading.Thread:
-    thread = threading.Thread(target=_load, name="kvfabric-torch", daemon=True)
+def _loading() -> Future[str]:
+    """Why it does not load; empty: it has loaded."""
+    loaded: Future[str] = Future()
+    thread = threading.Thread(
+        target=lambda: loaded.set_result(_load()), name="kvfabric-torch", daemon=True
+    )
     thread.start()
-    return thread
+    return loaded
 
 
-def _load() -> None:
-    import torch  # noqa: F401
+def _load() -> str:
+    try:
+        import torch  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        return f"torch does not load: {error}"
+    return ""
