@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,14 @@ from kvfabric.attention.shape import AttentionShape
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_nodes.attention.kernels import Work
-from kvfabric_nodes.attention.pieces import Blocks, Cut, Longs, Pieces, Range, cut
+from kvfabric_nodes.attention.pieces import Blocks, Cut, Longs, Pieces, Range, View, cut
 from kvfabric_nodes.attention.spans import MAX_POSITION
 
 MAX_QUERIES = 1024
 MAX_VECTORS_BYTES = 512 << 10
 MAX_OUTPUTS_BYTES = 960 << 10
+MAX_VIEWS = 4  # that blocks remember
+MAX_NAME_BYTES = 4096  # of a query whose view is remembered
 
 Array = NDArray[Any]
 
@@ -136,17 +138,47 @@ def ranges_of(query: node_pb2.SpanQuery, otherwise: Sequence[Range]) -> Sequence
     return ranges
 
 
-def asked(vectors: Array, sight: Sight, ranges: Sequence[Range], blocks: Blocks) -> Asked:
+def asked(
+    vectors: Array,
+    query: node_pb2.SpanQuery,
+    blocks: Blocks,
+    otherwise: Callable[[int], Sequence[Range]],
+    window: int = 0,
+    sinks: int = 0,
+) -> Asked:
+    """`otherwise`: the ranges of a query that names none, and sees tokens before this one."""
+    name = (query.SerializeToString(), window, sinks)
+    view = blocks.views.get(name)
+    if view is None:
+        view = _view(query, blocks, otherwise, window, sinks)
+        if len(name[0]) <= MAX_NAME_BYTES:
+            while len(blocks.views) >= MAX_VIEWS:
+                del blocks.views[next(iter(blocks.views))]
+            blocks.views[name] = view
+    return Asked(vectors, view.sight, view.here)
+
+
+def _view(
+    query: node_pb2.SpanQuery,
+    blocks: Blocks,
+    otherwise: Callable[[int], Sequence[Range]],
+    window: int,
+    sinks: int,
+) -> View:
     """What no row sees is neither read nor missed."""
-    return Asked(vectors, sight, cut(blocks, within(ranges, seen(sight))))
+    sight = sight_of(query, window, sinks)
+    ranges = ranges_of(query, otherwise(query.visible))
+    return View(sight, cut(blocks, within(ranges, seen(sight))))
 
 
 def begins(shape: AttentionShape, layer: int, pieces: Pieces, *, values: bool) -> Longs:
-    """The address of each piece's first key or value, of KV head 0."""
-    layer_begin = pieces.address + layer * shape.layer_bytes
-    if values:
-        return layer_begin + shape.value_offset + pieces.skipped * shape.value_token_stride
-    return layer_begin + pieces.skipped * shape.key_token_stride
+    """The address of each piece's first key or value, of KV head 0. Pieces have one shape."""
+    first = pieces.begins.get(values)
+    if first is None:
+        stride = shape.value_token_stride if values else shape.key_token_stride
+        first = pieces.address + pieces.skipped * stride + (shape.value_offset if values else 0)
+        pieces.begins[values] = first
+    return first + layer * shape.layer_bytes
 
 
 def work(options: Options, rows: Sequence[Asked], pieces: Pieces) -> Work:
@@ -156,7 +188,7 @@ def work(options: Options, rows: Sequence[Asked], pieces: Pieces) -> Work:
         shape=shape,
         keys=begins(shape, layer, pieces, values=False),
         values=begins(shape, layer, pieces, values=True),
-        tokens=(pieces.end - pieces.first).astype(np.int32),
+        tokens=pieces.counts,
         first=pieces.first,
         queries=_joined([one.vectors for one in rows]),
         query_dtype=options.query_dtype,

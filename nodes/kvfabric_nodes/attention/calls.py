@@ -130,10 +130,12 @@ class AttentionCalls:
         )
         found = []
         for index, query in enumerate(queries):
-            sight = asking.sight_of(query, request.window, request.sinks)
-            ranges = asking.ranges_of(query, opened.own(index, query.visible))
-            blocks = opened.blocks(index, options.layer)
-            found.append(asking.asked(vectors[index], sight, ranges, blocks))
+            blocks, otherwise = opened.blocks(index, options.layer), partial(opened.own, index)
+            found.append(
+                asking.asked(
+                    vectors[index], query, blocks, otherwise, request.window, request.sinks
+                )
+            )
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,9 @@ class OperatorCalls:
         )
         found = []
         for index, query in enumerate(queries):
-            sight = asking.sight_of(query, 0, 0)
-            ranges = asking.ranges_of(query, opened.own(index, query.visible))
-            one = asking.asked(vectors[index], sight, ranges, opened.blocks(index, top.layer))
-            found.append(Asked(one.vectors, sight, whole_pages(one.here, top.page_tokens)))
+            blocks, otherwise = opened.blocks(index, top.layer), partial(opened.own, index)
+            one = asking.asked(vectors[index], query, blocks, otherwise)
+            found.append(Asked(one.vectors, one.sight, whole_pages(one.here, top.page_tokens)))
         return found
 
     async def _answer_top(

@@ -5,31 +5,36 @@ Vectorised: a call on a long context meets a thousand blocks, in every layer of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfabric.attention.masks import Sight
 from kvfabric_nodes.store.extents import Extent
 
 Longs = NDArray[np.int64]
 Range = tuple[int, int]  # positions: the first, and the one behind the last
+Row = tuple[int, int, int, Extent]  # a block: its address, first position, end, and extent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
     """Blocks by ascending position, which do not overlap: the address at which each begins, the
-    positions of its first token and behind its last."""
+    positions of its first token and behind its last. `views`: what was asked of them lately,
+    for every layer of a token asks the same."""
 
     address: Longs
     first: Longs
     end: Longs
     extents: list[Extent]
     gapless: bool
+    views: dict[Hashable, View] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Pieces:
     """Parts of blocks: the block's address, how many of its tokens come before, and the positions
     of the first token and behind the last."""
@@ -38,13 +43,19 @@ class Pieces:
     skipped: Longs
     first: Longs
     end: Longs
+    begins: dict[bool, Longs] = field(default_factory=dict)  # of layer 0: keys; True: values
 
     def __len__(self) -> int:
         return len(self.address)
 
-    @property
+    @cached_property
+    def counts(self) -> NDArray[np.int32]:
+        """Of tokens."""
+        return (self.end - self.first).astype(np.int32)
+
+    @cached_property
     def tokens(self) -> int:
-        return int((self.end - self.first).sum())
+        return int(self.counts.sum())
 
     def take(self, index: Longs | list[int]) -> Pieces:
         return Pieces(self.address[index], self.skipped[index], self.first[index], self.end[index])
@@ -59,8 +70,16 @@ class Cut:
     gaps: list[Range]
 
 
-def blocks_of(rows: Sequence[tuple[int, int, int, Extent]]) -> Blocks:
-    """Of (address, first position, end, extent) by ascending position."""
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """What the rows of a query see, and what lies here of that."""
+
+    sight: Sight
+    here: Cut
+
+
+def blocks_of(rows: Sequence[Row]) -> Blocks:
+    """By ascending position."""
     columns = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
     address, first, end = np.ascontiguousarray(columns.T)
     gapless = bool((first[1:] == end[:-1]).all())
@@ -94,7 +113,8 @@ def _cut_out(blocks: Blocks, low: int, high: int) -> Cut:
     begin = int(blocks.end.searchsorted(low, "right"))
     behind = int(blocks.first.searchsorted(high, "left"))
     if begin >= behind:
-        return Cut(Pieces(*[blocks.address[:0]] * 4), [], [(low, high)] if low < high else [])
+        none = blocks.address[:0]
+        return Cut(Pieces(none, none, none, none), [], [(low, high)] if low < high else [])
     first, end = blocks.first[begin:behind], blocks.end[begin:behind]
     skipped = np.zeros(behind - begin, np.int64)
     gaps = [(low, int(first[0])), (int(end[-1]), high)]

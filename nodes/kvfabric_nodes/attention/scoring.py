@@ -56,17 +56,16 @@ class TopK:
         q = widened(one.vectors, self.query_dtype)
         q = q.reshape(len(q), heads, -1, q.shape[-1]).swapaxes(0, 1)  # [heads, rows, group, dim]
         found = np.empty(0, np.int64), np.empty((len(one.vectors), 0), np.float32)
-        tokens = (pieces.end - pieces.first).astype(np.int32)
-        for chunk in chunks(np.arange(len(pieces)), tokens, CHUNK_TOKENS):
+        for chunk in chunks(np.arange(len(pieces)), pieces.counts, CHUNK_TOKENS):
             found = self._better(found, self._scored(one, pieces.take(chunk), q))
         first, scores = found
         return [self._row(first, row, one.sight.hi[i]) for i, row in enumerate(scores)]
 
     def _scored(self, one: Asked, pieces: Pieces, q: Floats) -> tuple[Longs, Floats]:
         """First tokens [pages], and scores [rows, pages]; -inf of what a row does not see."""
-        page, tokens = self.page_tokens, (pieces.end - pieces.first).astype(np.int32)
+        page = self.page_tokens
         address = begins(self.shape, self.layer, pieces, values=self.values)
-        k = gathered(self.shape, address, tokens, values=self.values)
+        k = gathered(self.shape, address, pieces.counts, values=self.values)
         means = k.reshape(-1, page, *k.shape[1:]).mean(1)  # [pages, heads, dim]
         products = q.reshape(len(q), -1, q.shape[-1]) @ means.transpose(1, 2, 0)
         scores = products.reshape(*q.shape[:3], -1).max((0, 2))

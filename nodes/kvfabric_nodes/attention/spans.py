@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kvfabric.attention.shape import AttentionShape
 from kvfabric.errors import Refused
 from kvfabric.types import Key, NamespaceId
-from kvfabric_nodes.attention.pieces import Blocks, Range, blocks_of, joined
+from kvfabric_nodes.attention.pieces import Blocks, Range, Row, blocks_of, joined
 from kvfabric_nodes.sequences.core import Sequences
 from kvfabric_nodes.sequences.sequence import Block, OpenSequence
 from kvfabric_nodes.store.core import NodeCore
@@ -56,6 +56,8 @@ class _Known:
     count: int
     came: int  # shards that had come here, and gone, in all
     went: int
+    tail: list[Row] = field(default_factory=list)  # of open blocks
+    whole: Blocks | None = None  # with these; None: not joined yet
 
 
 @dataclass(slots=True, eq=False)
@@ -197,18 +199,19 @@ class Spans:
             known = span.known = self._look(span, sequence)
         if sequence is None:
             return known.blocks
-        return joined(known.blocks, self._tail(sequence, layer))
+        tail = self._tail(sequence, layer)
+        if known.whole is None or tail != known.tail:
+            known.tail, known.whole = tail, joined(known.blocks, blocks_of(tail))
+        return known.whole
 
-    def _tail(self, sequence: OpenSequence, layer: int) -> Blocks:
+    def _tail(self, sequence: OpenSequence, layer: int) -> list[Row]:
         full, visible = sequence.shape.block_tokens, sequence.visible(layer)
         seen = sequence.tails[: max(0, -(-(visible - sequence.sealed) // full))]
         firsts = range(sequence.sealed, visible, full)
-        return blocks_of(
-            [
-                (self._at(tail.extent), first, min(first + full, visible), tail.extent)
-                for tail, first in zip(seen, firsts, strict=True)
-            ]
-        )
+        return [
+            (self._at(tail.extent), first, min(first + full, visible), tail.extent)
+            for tail, first in zip(seen, firsts, strict=True)
+        ]
 
     def _look(self, span: Span, sequence: OpenSequence | None) -> _Known:
         placed = span.placed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_shards_are_attended_by_their_keys_and_what_is_missing_is_a_gap(ask: Ask
         ask.span_of_keys(FORM, span=opened.span, keys=[keys[1]], first_tokens=[16])
         queries[2].ranges = [(10, 35)]
         check(ask.attend(call := Call(FORM, queries[2:])), call)
+
+
+def test_a_question_asked_again_is_answered_as_it_is_now(ask: Asker) -> None:
+    context = kv(FORM, 60)
+    with ask.room.sequence(FORM) as sequence:
+        span = ask.span_of(FORM, sequence.id)
+        for end in (20, 21, 35, 60):  # the same block grows, is sealed, and others follow
+            sequence.append(ids(60)[sequence.length : end], context[..., sequence.length : end, :])
+            for layer, window in itertools.product(range(3), (0, 7, 9, 11, 30)):
+                query = Query(span, rows(FORM, 1), 60, context[..., :end, :], positions=[end - 1])
+                check(ask.attend(call := Call(FORM, [query], layer, window=window)), call)
+            whole = Call(FORM, [Query(span, rows(FORM, 1), 60, context[..., :end, :])])
+            answer = ask.attend(whole)
+            gaps = [(gap.first_token, gap.end_token) for gap in answer.gaps]
+            assert gaps == ([(end, 60)] if end < 60 else [])
 
 
 def test_what_is_attended_is_evicted_last(start: Start) -> None:
