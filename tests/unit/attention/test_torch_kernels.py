@@ -41,6 +41,10 @@ class TestTorch(KernelContract):
         self.o_error = self.lse_error = 2e-5
         self.compare(Case(dtype="bfloat16", query_dtype="float32"))
 
+    def test_beside_another_kernel_it_leaves_to_it_what_memory_bounds(self) -> None:
+        assert "memory" in TorchKernel(2).refuses(scattered(Case(rows=31)).work)
+        assert "memory" not in TorchKernel(2).refuses(scattered(Case(rows=32)).work)
+
     def test_a_soft_cap_is_left_to_others(self) -> None:
         assert self.kernel().refuses(scattered(Case(softcap=2.0)).work)
 

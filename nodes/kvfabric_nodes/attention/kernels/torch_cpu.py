@@ -11,12 +11,15 @@ from typing import Any
 from kvfabric_nodes.attention.kernels import Work, memory
 from kvfabric_nodes.attention.kernels.fused import FusedKernel
 
+MANY_ROWS = 64  # of one KV head, with its group: from here on a kernel computes more than it reads
+
 
 class TorchKernel(FusedKernel):
     """See `Kernel`. In bfloat16 and float16 weights and outputs are rounded to that.
 
     `only`: there is no better kernel here. Then its first use waits for torch; else it refuses
-    while that is being loaded, and where it would round.
+    while that is being loaded, where it would round, and where memory is what takes the time: to
+    load torch costs a node seconds and 200 MB, and a kernel that reads in place is not beaten.
     """
 
     name = "torch"
@@ -37,8 +40,8 @@ class TorchKernel(FusedKernel):
     def refuses(self, work: Work) -> str:
         if work.softcap:
             return "torch's op has no soft-cap"
-        if work.query_dtype != "float32" and not self._only:
-            return f"torch's op rounds weights and outputs to {work.query_dtype}"
+        if not self._only and (reason := _why_others(work)):
+            return reason
         if not _installed():
             return "torch is not installed"
         loading = _loading()
@@ -59,6 +62,14 @@ class TorchKernel(FusedKernel):
 
     def placed(self, tensor: Any) -> Any:
         return tensor
+
+
+def _why_others(work: Work) -> str:
+    if work.query_dtype != "float32":
+        return f"torch's op rounds weights and outputs to {work.query_dtype}"
+    if work.rows * work.query_heads // work.shape.kv_heads < MANY_ROWS:
+        return f"fewer than {MANY_ROWS} rows of a KV head are bound by memory"
+    return ""
 
 
 @functools.cache
