@@ -19,13 +19,17 @@ PASS_ON: dict[str, Any] = {
 }
 
 
-DEMOS = {"lending": "kvfabric_client.demo.lending.command"}
+DEMOS = {
+    "attention": "kvfabric_client.demo.attention.command",
+    "lending": "kvfabric_client.demo.lending.command",
+}
 
 
 def demo(context: typer.Context) -> None:
     """Two engine processes, one after the other, share KV through a fabric.
 
-    `demo lending`: a sequence outgrows its home node many times over.
+    `demo lending`: a sequence outgrows its home node many times over. `demo attention`: a model
+    decodes while its KV lies on three nodes.
     """
     name = context.args[0] if context.args else ""
     if name in DEMOS:
