@@ -9,7 +9,7 @@ from kvfabric.simulation.nodes import MANAGER, Node, Written
 from kvfabric.simulation.world import World
 from kvfabric.types import Key, NamespaceId, NodeId
 
-SETTLE_S = 3.0  # after a fault: heartbeats have told by then who holds what
+SETTLE_S = 3.0  # after a fault or a lost message: heartbeats have told by then who holds what
 
 
 class Violation(Exception):
@@ -127,7 +127,7 @@ class Auditor:
         return node.payload(namespace, key)
 
     def _explain_miss(self, home: Node, namespace: NamespaceId, key: Key) -> None:
-        """A miss is right where nothing is left, or nothing can be reached."""
+        """A miss is right where nothing is left, nothing can be reached, or nobody can know."""
         world = self._world
         if not self._cluster.lossy:
             raise Violation(
@@ -140,8 +140,14 @@ class Auditor:
         if not reachable(home.name, MANAGER):
             return  # nobody tells it where else to look
         for name, node in world.nodes.items():
-            told = reachable(name, MANAGER) and reachable(home.name, name)
+            told = self._told(name) and reachable(home.name, name)
             if told and node.holds(namespace, key):
                 raise Violation(
                     f"a hole: {key.hex()[:12]} is missed at {home.name}, and {name} has it"
                 )
+
+    def _told(self, name: str) -> bool:
+        """Whether the manager must know by now what this node holds: heartbeats got through."""
+        network = self._world.network
+        settled = network.since_lost_s(name, MANAGER) >= SETTLE_S
+        return settled and network.reachable(name, MANAGER)

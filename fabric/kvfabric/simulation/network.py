@@ -61,6 +61,7 @@ class Network:
         self._places: dict[str, Place] = {}
         self._handlers: dict[str, Handler] = {}
         self._card_free_s: dict[str, float] = {}
+        self._lost_s: dict[frozenset[str], float] = {}  # by pair
         self._lives: dict[str, int] = {}  # of those who hear; each number once
         self._last_life = 0
 
@@ -91,6 +92,11 @@ class Network:
             and target in self._handlers
             and (source == target or frozenset((source, target)) not in self.cut)
         )
+
+    def since_lost_s(self, one: str, other: str) -> float:
+        """For how long no message between these two was lost."""
+        pair = frozenset((one, other))
+        return self._simulation.now_s - self._lost_s.get(pair, float("-inf"))
 
     def call(
         self, source: str, target: str, name: str, request: Any, timeout_s: float
@@ -142,6 +148,7 @@ class Network:
         random = self._simulation.random
         self.sent += 1
         if not self.reachable(source, target) or (self.loss and random.random() < self.loss):
+            self._lost_s[frozenset((source, target))] = self._simulation.now_s
             return
         copies = 2 if self.doubles and random.random() < self.doubles else 1
         for _ in range(copies):
