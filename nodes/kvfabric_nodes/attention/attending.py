@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvfabric.attention.merge import Partial, combine
 from kvfabric_nodes.attention.asked import Asked, Options, work
-from kvfabric_nodes.attention.kernels.choice import Kernels
+from kvfabric_nodes.attention.kernels.choice import Computed, Kernels
 from kvfabric_nodes.attention.stacking import stacks
 
 
@@ -30,18 +29,38 @@ class Attend:
     read_bytes: int = 0
 
     @property
-    def outputs(self) -> NDArray[np.float32]:
-        return np.concatenate([part.o for part in self.parts])
+    def outputs(self) -> bytes:
+        return b"".join(part.o.data for part in self.parts)
 
     @property
-    def lse(self) -> NDArray[np.float32]:
-        return np.concatenate([part.lse for part in self.parts])
+    def lse(self) -> bytes:
+        return b"".join(part.lse.data for part in self.parts)
+
+    def add(self, done: Computed, queries: int) -> None:
+        """A kernel call that so many queries shared."""
+        self.kernel = done.kernel
+        self.kernel_s += done.seconds
+        self.read_bytes += done.read_bytes
+        self.stacked = max(self.stacked, queries)
 
 
 def compute(attends: Sequence[Attend], kernels: Kernels) -> None:
     """All have the same options. What several of their queries have in common is read once."""
     options = attends[0].options
     queries = [(attend, one) for attend in attends for one in attend.asked]
+    if len(queries) == 1 and len(queries[0][1].here.pieces):
+        _alone(*queries[0], kernels)
+    else:
+        _stacked(options, queries, kernels)
+
+
+def _alone(attend: Attend, one: Asked, kernels: Kernels) -> None:
+    done = kernels.attend(work(attend.options, [one], one.here.pieces))
+    attend.parts.append(done.partial)
+    attend.add(done, 1)
+
+
+def _stacked(options: Options, queries: Sequence[tuple[Attend, Asked]], kernels: Kernels) -> None:
     parts: list[list[Partial]] = [[] for _ in queries]
     for stack in stacks([one.here.pieces for _, one in queries]):
         rows = [queries[i][1] for i in stack.queries]
@@ -53,10 +72,7 @@ def compute(attends: Sequence[Attend], kernels: Kernels) -> None:
             parts[index].append(Partial(done.partial.o[at:end], done.partial.lse[at:end]))
             at = end
         for attend in dict.fromkeys(queries[i][0] for i in stack.queries):
-            attend.kernel = done.kernel
-            attend.kernel_s += done.seconds
-            attend.read_bytes += done.read_bytes
-            attend.stacked = max(attend.stacked, len(stack.queries))
+            attend.add(done, len(stack.queries))
     for (attend, one), found in zip(queries, parts, strict=True):
         attend.parts.append(combine(found) if found else _nothing(options, one))
 

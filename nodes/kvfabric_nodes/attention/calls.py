@@ -165,8 +165,8 @@ def _placed(
 
 
 def _put(response: node_pb2.AttendResponse, attend: Attend) -> None:
-    response.outputs = attend.outputs.tobytes()
-    response.lse = attend.lse.tobytes()
+    response.outputs = attend.outputs
+    response.lse = attend.lse
     response.tokens.extend([one.here.pieces.tokens for one in attend.asked])
     for index, one in enumerate(attend.asked):
         put_gaps(response.gaps, index, one.here.gaps)

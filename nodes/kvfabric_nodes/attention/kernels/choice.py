@@ -49,6 +49,8 @@ class Choice:
         """Of these kernels, the first of which is taken where nothing speaks against it."""
         known = self._class(kind)
         known.works += 1
+        if len(names) == 1:
+            return names[0]
         records = {name: known.records.setdefault(name, _Record()) for name in names}
         fewest = min(records, key=lambda name: records[name].runs)
         if records[fewest].runs <= TRIES:  # in turns: what slows the machine meets all of them
@@ -69,9 +71,12 @@ class Choice:
             record.rates.append(rate)
 
     def _class(self, kind: Hashable) -> _Class:
-        if kind not in self._classes and len(self._classes) >= CLASSES:
-            del self._classes[next(iter(self._classes))]
-        return self._classes.setdefault(kind, _Class())
+        found = self._classes.get(kind)
+        if found is None:
+            if len(self._classes) >= CLASSES:
+                del self._classes[next(iter(self._classes))]
+            found = self._classes[kind] = _Class()
+        return found
 
 
 def kind_of(work: Work, read_bytes: int) -> Hashable:
