@@ -9,7 +9,7 @@ import grpc
 
 from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
-from kvfabric.types import Key, NamespaceId, Status
+from kvfabric.types import BATCH_KEYS, Key, NamespaceId, Status
 from kvfabric_client.deadline import Deadline
 
 
@@ -39,6 +39,14 @@ class Manager:
         self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
     ) -> list[Sequence[str]]:
         """The nodes that hold each key, best first."""
+        found: list[Sequence[str]] = []
+        for start in range(0, len(keys), BATCH_KEYS):
+            found += self._places(namespace, keys[start : start + BATCH_KEYS], deadline)
+        return found
+
+    def _places(
+        self, namespace: NamespaceId, keys: Sequence[Key], deadline: Deadline
+    ) -> list[Sequence[str]]:
         request = control_pb2.LocateRequest(namespace_id=namespace, keys=keys)
         answer: control_pb2.LocateResponse = self._call(self._stub.Locate, request, deadline)
         places: list[Sequence[str]] = [place.nodes for place in answer.places]

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvfabric.attention.merge import Floats, merge
 from kvfabric.errors import DeadlineExceeded, Refused
-from kvfabric.types import BATCH_KEYS, Key
+from kvfabric.types import Key
 from kvfabric_client.attention.answers import Attended, Best, Traffic
 from kvfabric_client.attention.context import Context
 from kvfabric_client.attention.exact import Attention
@@ -52,12 +52,10 @@ class BankSource:
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         places: list[str | None] = [HOME] * len(indices)
-        for start in range(0, len(indices), BATCH_KEYS):
-            keys = [self.blocks[index].key for index in indices[start : start + BATCH_KEYS]]
-            found = self.room.client.elsewhere(self.room.id, keys, deadline)
-            for address, positions in found.items():
-                for position in positions:
-                    places[start + position] = address
+        keys = [self.blocks[index].key for index in indices]
+        for address, positions in self.room.client.elsewhere(self.room.id, keys, deadline).items():
+            for position in positions:
+                places[position] = address
         return places
 
 

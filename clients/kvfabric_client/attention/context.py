@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from kvfabric.errors import FabricError
 from kvfabric_client.attention.route import HOME, Block, Route, touched
 from kvfabric_client.attention.runs import Runs, without
 from kvfabric_client.attention.spans import Span, close
@@ -94,8 +95,12 @@ class Context:
             span = Span(link, room.id, source.shape, value_dim, sequence)
         missing = [] if sequence else without(runs, span.runs)
         if missing or not span.id:
-            span.ensure([source.blocks[i] for i in touched(source.blocks, missing)], deadline)
             self._spans[place, value_dim] = span
+            try:
+                span.ensure([source.blocks[i] for i in touched(source.blocks, missing)], deadline)
+            except FabricError:
+                self._drop([(place, value_dim)])  # the node may have extended it all the same
+                raise
         return span
 
     def forget(self, place: str) -> None:

@@ -51,7 +51,7 @@ class Gather:
     traffic: Traffic
     deadline: Deadline
     _searches: dict[Context, Search] = field(default_factory=dict)
-    _reopened: set[Link] = field(default_factory=set)  # to nodes that did not know their spans
+    _reopened: set[tuple[Item, str]] = field(default_factory=set)  # whose spans, by place, were
 
     def run(
         self, items: Sequence[Item], meanwhile: Callable[[], None] = _nothing
@@ -144,10 +144,11 @@ class Gather:
             for ask in arrived.call.asks:
                 self._missed(ask, ask.runs, error)
             return
-        final = isinstance(error, (Denied, Unsupported)) or arrived.link in self._reopened
+        asked = {(ask.item, ask.place) for ask in arrived.call.asks}
+        final = isinstance(error, (Denied, Unsupported)) or asked & self._reopened
         if final or not isinstance(error, (Refused, Conflict)):
             raise error
-        self._reopened.add(arrived.link)
+        self._reopened |= asked
         log.debug("spans_reopened", node=arrived.link.node, why=str(error))
         for ask in arrived.call.asks:
             ask.item.context.forget(ask.place)

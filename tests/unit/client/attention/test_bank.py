@@ -14,7 +14,7 @@ from tests.unit.client.test_outgrown import wait_for
 import kvfabric_client
 from kvfabric.errors import Refused
 from kvfabric.manager.service import ManagerServer
-from kvfabric.types import Format, Key, Namespace
+from kvfabric.types import BATCH_KEYS, Format, Key, Namespace
 from kvfabric_client import Bank, Client, Missing
 from kvfabric_nodes.node import Node
 
@@ -171,3 +171,11 @@ def test_banks_whose_shards_overlap_are_refused(client: Client) -> None:
     with contextlib.closing(room.bank(FORM, [])) as empty:
         (best,) = empty.top_k(random_queries(1, 1, DIM), 3)
         assert best.first_tokens == []
+
+
+def test_more_may_be_missing_than_one_look_into_the_directory_finds(client: Client) -> None:
+    form = Format("float32", block_tokens=1, layers=1, kv_heads=1, head_dim=DIM)
+    keys = [key(number) for number in range(BATCH_KEYS + 2)]
+    with client.open(SPACE).bank(form, keys) as bank, pytest.raises(Missing) as missing:
+        bank.attend(random_queries(1, 2, DIM))
+    assert missing.value.ranges == [range(len(keys))]

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.client.test_deadlines import stalled
 from tests.unit.client.test_outgrown import wait_for
 
+from kvfabric.attention.merge import Partial
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric_client import Client, Missing, Sequence
@@ -27,7 +28,7 @@ from .lending import (
     nodes,
     right,
 )
-from .numbers import Array, fill
+from .numbers import Array, check, fill, random_queries
 
 __all__ = ["client", "kv", "lent", "nodes"]  # fixtures
 
@@ -89,6 +90,28 @@ def test_spans_that_a_node_has_forgotten_are_opened_again(lent: Sequence, kv: Ar
         if span.link is not lent.writer.home.link:
             span.link.close()  # the session has ended, with a restart say
     right(lent, kv)
+
+
+def test_a_span_that_was_extended_after_its_caller_had_gone_is_no_obstacle(
+    lent: Sequence, kv: Array, nodes: Nodes
+) -> None:
+    some = at(lent, "east")[0]
+    lent.attend(QUERIES, layer=0, tokens=[range(some.start, some.start + 20)])
+    with stalled(nodes["east"]), pytest.raises(Missing):
+        lent.attend(QUERIES, layer=0, timeout_s=4)
+    wait_for(lambda: not lent.writer.room.client.hanging())
+    right(lent, kv)
+
+
+def test_many_calls_under_way_to_a_node_that_has_forgotten_its_spans(
+    lent: Sequence, kv: Array
+) -> None:
+    rows = random_queries(3000, 4, 32)
+    want = lent.attend(rows, layer=0)
+    for span in lent.context._spans.values():
+        request = node_pb2.CloseSpanRequest(spans=[span.id])
+        span.link.call("close_span", request, time.monotonic() + 5)
+    check(lent.attend(rows, layer=0), Partial(want.o, want.lse))
 
 
 def test_a_refusal_that_stays_is_told(lent: Sequence) -> None:
