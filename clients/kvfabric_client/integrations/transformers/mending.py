@@ -4,6 +4,7 @@ just these tokens again, and the answer stays the same."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfabric.attention.merge import Floats, Partial
-from kvfabric.errors import Conflict
+from kvfabric.errors import Conflict, Unreachable
 from kvfabric.logs import guest_logger
 from kvfabric_client import Attended, Missing, Query, attend_batch
 from kvfabric_client.integrations.transformers import attention
@@ -111,8 +112,9 @@ class Mender:
 
     def _mend(self, ask: Ask, lost: Sequence[range]) -> None:
         sequence = ask.row.sequence
-        for tokens in _lost_blocks(sequence, lost):
-            sequence.restore(tokens.start, self._computed(ask.row, tokens))
+        with suppress(Unreachable):  # its home: the next attempt opens it at another node
+            for tokens in _lost_blocks(sequence, lost):
+                sequence.restore(tokens.start, self._computed(ask.row, tokens))
         if sequence.length < ask.visible:
             self._append_again(ask.row, ask.stored)
 
