@@ -73,6 +73,21 @@ def test_a_request_whose_kv_is_lost_ends_with_an_error_and_the_engine_goes_on(
     engine.stop()
 
 
+def test_requests_for_which_nodes_have_no_room_end_with_an_error_and_others_go_on(
+    start_node: Callable[..., MemoryNode], start_engine: Callable[..., Engine], prompt: Prompt
+) -> None:
+    node = start_node(memory=f"{128 * BLOCK_BYTES >> 20}MiB")
+    engine = start_engine(node.home, **context(extra={"home": node.home}))
+    prompts = [prompt(length, seed) for seed, length in enumerate((1900, 300, 1900, 64, 1900))]
+    answers = engine.ask(*prompts, max_tokens=100)
+    assert {answer.finish for answer in answers} == {"length", "error"}
+    assert [answers[1].finish, answers[3].finish] == ["length"] * 2
+    for short in (1, 3):
+        assert engine.ask(prompts[short], max_tokens=100)[0].tokens == answers[short].tokens
+    engine.stop()
+    assert node.is_at_rest()
+
+
 def test_an_engine_that_keeps_a_prefix_cache_of_its_own_does_not_start(
     start_node: Callable[..., MemoryNode], start_engine: Callable[..., Engine]
 ) -> None:

@@ -93,13 +93,20 @@ class Engine:
 
     def _run(self) -> None:
         while tasks := self._next():
-            try:
-                tasks[0].compute([task.what for task in tasks])
-            except Exception as error:
-                log.exception("attention_failed")
-                for task in tasks:
-                    task.error = Broken(f"the node failed: {error!r}; see its log")
+            self._compute(tasks)
             self._loop.call_soon_threadsafe(self._finish, tasks)
+
+    def _compute(self, tasks: Sequence[Task]) -> None:
+        """Where it fails for several, it may still be possible for each alone."""
+        try:
+            tasks[0].compute([task.what for task in tasks])
+        except Exception as error:
+            log.exception("attention_failed", tasks=len(tasks))
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._compute([task])
+            else:
+                tasks[0].error = Broken(f"the node failed: {error!r}; see its log")
 
     def _next(self) -> list[Task]:
         """Waits for a task, and takes those that are computed with it. Empty: the end."""

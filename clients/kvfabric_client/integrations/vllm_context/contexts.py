@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvfabric.errors import Broken, FabricError
+from kvfabric.errors import Broken, DeadlineExceeded, FabricError, Unreachable
 from kvfabric.types import Format
 from kvfabric_client.attention.answers import Attended
 from kvfabric_client.attention.calls import attend_batch
@@ -74,6 +74,10 @@ class Contexts:
                 [self._query(one) for one in alive], layer=layer, scale=scale, softcap=softcap
             )
         except FabricError as error:
+            if len(alive) > 1 and not isinstance(error, (DeadlineExceeded, Unreachable)):
+                # One that finds no room, say: what it gives back is room for the others.
+                alone = (self.attend(layer, [one], scale, softcap) for one in alive)
+                return {block: answer for one in alone for block, answer in one.items()}
             for one in alive:
                 self._give_up(one.block, error)
             return {}

@@ -25,6 +25,7 @@ class Gate(ReferenceKernel):
     def __init__(self) -> None:
         self.works: list[Work] = []
         self.error: Exception | None = None
+        self.most_rows = 1024
         self._open = threading.Event()
         self._open.set()
         self._reached = threading.Semaphore(0)
@@ -35,6 +36,8 @@ class Gate(ReferenceKernel):
         assert self._open.wait(TIMEOUT_S)
         if self.error is not None:
             raise self.error
+        if work.rows > self.most_rows:
+            raise MemoryError("no scratch for so many rows")
         return super().attend(work)
 
     @contextmanager

@@ -241,6 +241,28 @@ def test_a_kernel_that_fails_is_told_and_the_next_call_is_computed(
         assert not core_of(node)._readings
 
 
+def test_what_fails_together_is_computed_one_by_one(
+    ask: Asker, node: Node, gate: Gate, thread: ThreadPoolExecutor
+) -> None:
+    gate.most_rows = 2
+    with appended(ask) as sequence:
+        span = ask.span_of(FORM, sequence.id)
+        sizes = (1, 1, 3, 2)
+        calls = [Call(FORM, [Query(span, rows(FORM, n), 40, CONTEXT)]) for n in sizes]
+        with gate.closed():
+            answers = [thread.submit(ask.attend, calls[0])]
+            gate.reached()
+            answers += [thread.submit(ask.attend, call) for call in calls[1:]]
+            assert eventually(lambda: len(core_of(node)._readings) == len(calls))
+        for answer, call in zip(answers, calls, strict=True):
+            if len(call.queries[0].vectors) == 3:
+                with pytest.raises(Broken, match="no scratch"):
+                    answer.result(TIMEOUT_S)
+            else:
+                check(answer.result(TIMEOUT_S), call)
+        assert not core_of(node)._readings
+
+
 def test_spans_end_with_their_session(node: Node, ask: Asker) -> None:
     with appended(ask) as sequence:
         with asker(address(node, "tcp")) as other:
