@@ -156,7 +156,7 @@ class Connection:
         frame = wire_pb2.Frame(id=self._next_id if answered else 0)
         self._next_id += 1
         cast(_Body, getattr(frame, f"{name}_request")).CopyFrom(request)
-        if name != "hello":  # only a session that is there can take leases back
+        if self._released and name != "hello":  # only a session that is there takes leases back
             with contextlib.suppress(IndexError):
                 while len(frame.released_leases) < MAX_RELEASED:
                     frame.released_leases.append(self._released.popleft())

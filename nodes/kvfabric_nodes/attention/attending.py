@@ -14,6 +14,7 @@ from kvfabric.attention.merge import Partial, combine
 from kvfabric_nodes.attention.asked import Asked, Options, work
 from kvfabric_nodes.attention.kernels.choice import Computed, Kernels
 from kvfabric_nodes.attention.stacking import stacks
+from kvfabric_nodes.store.extents import Extent
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,13 @@ class Attend:
     kernel_s: float = 0.0
     stacked: int = 0  # queries that shared its kernel calls
     read_bytes: int = 0
+
+    @property
+    def extents(self) -> list[Extent]:
+        """What lies here of what is asked for."""
+        if len(self.asked) == 1:
+            return self.asked[0].here.extents
+        return [extent for one in self.asked for extent in one.here.extents]
 
     @property
     def outputs(self) -> bytes:

@@ -97,7 +97,7 @@ class AttentionCalls:
         attend = Attend(options, self._asked(request, opened, options))
         task = self._desk.submit(
             session,
-            [extent for one in attend.asked for extent in one.here.extents],
+            attend.extents,
             attend,
             options,
             self._compute,

@@ -69,12 +69,13 @@ class Desk:
         """The spans of these, which have one shape."""
         now_s = self._handler.clock.now()
         spans = [self.spans.find(session, span_id) for span_id in span_ids]
-        for span in spans:
+        for span in spans[1:]:
             if span.shape != spans[0].shape:
                 raise Refused(
                     f"spans {spans[0].id} and {span.id} have different formats; ask for each "
                     "format in a call of its own"
                 )
+        for span in spans:
             self.spans.use(span, now_s)
         found = [(span, self.spans.sequence_of(session, span, now_s)) for span in spans]
         return Opened(self.spans, found)
