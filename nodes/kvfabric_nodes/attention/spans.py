@@ -278,9 +278,18 @@ class Spans:
     def _add(self, session: Session, span: Span) -> Span:
         own = self._of_session.setdefault(session.id, {})
         if len(own) >= self.limits.spans_of_session:
+            self._forget_ended(own)
+        if len(own) >= self.limits.spans_of_session:
             raise Refused(f"this session has {len(own)} spans; close some first")
         own[span.id] = span
         return span
+
+    def _forget_ended(self, own: dict[int, Span]) -> None:
+        """Sequences that nobody closed end by themselves, and nobody closes their spans."""
+        going_on = self.sequences.all
+        for span in list(own.values()):
+            if span.sequence and span.sequence not in going_on:
+                del own[span.id]
 
     def _next_id(self) -> int:
         self._ids += 1

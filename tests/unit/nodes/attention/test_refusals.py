@@ -26,6 +26,7 @@ from kvfabric.errors import Denied, FabricError, Refused, Unsupported
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Format, Namespace
 from kvfabric_client import Sequence
+from kvfabric_nodes.attention.spans import SpanLimits
 from kvfabric_nodes.node import Node
 
 FORM = Format("bfloat16", block_tokens=16, layers=2, kv_heads=2, head_dim=8)
@@ -223,3 +224,19 @@ def test_too_many_spans_of_a_session(ask: Asker, node: Node, sequence: Sequence)
         ask.span_of(FORM, sequence.id)
     ask.say("close_span", node_pb2.CloseSpanRequest(spans=[span]))
     ask.span_of(FORM, sequence.id)
+
+
+def test_spans_of_sequences_that_ended_make_room_for_others(
+    ask: Asker, node: Node, sequence: Sequence
+) -> None:
+    node.attention.spans.limits = SpanLimits(spans_of_session=3)
+    kept = ask.span_of(FORM, sequence.id)
+    for _ in range(3):
+        with ask.room.sequence(FORM) as other:
+            span = ask.span_of(FORM, other.id)
+    ask.span_of(FORM, sequence.id)
+    call = Call(FORM, [Query(kept, rows(FORM, 1), 40, CONTEXT)])
+    check(ask.attend(call), call)
+    ended = replace(call, queries=[replace(call.queries[0], span=span)])
+    with pytest.raises(Refused, match="no s"):
+        ask.attend(ended)
