@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvfabric.simulation.cards import Cards
 from kvfabric.simulation.engine import Promise, Simulation
 
 
@@ -60,7 +61,7 @@ class Network:
         self._links = links
         self._places: dict[str, Place] = {}
         self._handlers: dict[str, Handler] = {}
-        self._card_free_s: dict[str, float] = {}
+        self._cards = Cards(simulation)
         self._lost_s: dict[frozenset[str], float] = {}  # by pair
         self._lives: dict[str, int] = {}  # of those who hear; each number once
         self._last_life = 0
@@ -75,7 +76,6 @@ class Network:
     def leave(self, name: str) -> None:
         self._handlers.pop(name, None)
         self._lives.pop(name, None)
-        self._card_free_s.pop(name, None)
 
     def alive(self, name: str) -> bool:
         return name in self._handlers
@@ -129,11 +129,7 @@ class Network:
         link = self.link(source, target)
         factor = max(self.slow.get(source, 1.0), self.slow.get(target, 1.0))
         takes_s = size_bytes / link.bytes_per_s * factor
-        now_s = self._simulation.now_s
-        begin_s = max(now_s, self._card_free_s.get(source, 0.0), self._card_free_s.get(target, 0.0))
-        self._card_free_s[source] = self._card_free_s[target] = begin_s + takes_s
-        if rate:
-            takes_s = max(takes_s, size_bytes / rate)
+        gaps_s = max(0.0, size_bytes / rate - takes_s) if rate else 0.0
         lives = (self._lives[source], self._lives[target])
         self.sent_bytes += size_bytes
 
@@ -141,7 +137,10 @@ class Network:
             same = lives == (self._lives.get(source), self._lives.get(target))
             done.keep(same and self.reachable(source, target))
 
-        self._simulation.at(begin_s + takes_s + link.latency_s * factor, finish)
+        def sent() -> None:
+            self._simulation.after(gaps_s + link.latency_s * factor, finish)
+
+        self._cards.carry(source, target, takes_s, sent)
         return done
 
     def _send(self, source: str, target: str, arrive: Callable[[], None]) -> None:

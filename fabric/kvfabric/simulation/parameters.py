@@ -15,6 +15,8 @@ free, it gains little or nothing, as `uniform` shows.
 | a step | layers x (W(b)/f(b) + sum S_r/g(S)) | Infinite-LLM, arXiv 2401.02669 |
 | links | same host 32 GB/s, 5 us; rack 25 GB/s, 10 us; far 12.5 GB/s, 50 us | PCIe 4.0 x16; HDR |
 | | | InfiniBand; 100 GbE; latencies assumed |
+| a card | one payload at a time; the one that has waited longest among those | ours; real ones |
+| | whose other end is free, too | share |
 | prefill | on instances of its own, 6,000 tokens/s for what was preempted; KV | Splitwise, arXiv |
 | | comes at 25 GB/s | 2311.18677; the rate is assumed |
 | short requests | prompt log-normal, median 100, mean 161; output log-normal, | ShareGPT's means: |

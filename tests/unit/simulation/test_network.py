@@ -70,6 +70,16 @@ def test_a_payload_takes_its_time_and_waits_for_busy_cards() -> None:
     assert second == [(True, 2.01)]
 
 
+def test_a_card_does_not_wait_for_a_busy_partner_while_another_is_free() -> None:
+    town = Town()
+    first, waits = town.carry("a", "c", 100), town.carry("b", "c", 100)
+    passes = town.carry("b", "d", 10)
+    town.simulation.run(10.0)
+    assert first == [(True, 1.01)]
+    assert passes == [(True, 1.1)]
+    assert waits == [(True, 2.01)]
+
+
 def test_a_throttled_payload_leaves_the_link_to_others() -> None:
     town = Town()
     slow, other = town.carry("a", "c", 100, rate=10.0), town.carry("a", "c", 100)
