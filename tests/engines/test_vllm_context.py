@@ -73,6 +73,7 @@ def test_a_request_whose_kv_is_lost_ends_with_an_error_and_the_engine_goes_on(
     engine.stop()
 
 
+@pytest.mark.exhaustive
 def test_requests_for_which_nodes_have_no_room_end_with_an_error_and_others_go_on(
     start_node: Callable[..., MemoryNode], start_engine: Callable[..., Engine], prompt: Prompt
 ) -> None:
@@ -88,6 +89,7 @@ def test_requests_for_which_nodes_have_no_room_end_with_an_error_and_others_go_o
     assert node.is_at_rest()
 
 
+@pytest.mark.exhaustive
 def test_an_engine_that_keeps_a_prefix_cache_of_its_own_does_not_start(
     start_node: Callable[..., MemoryNode], start_engine: Callable[..., Engine]
 ) -> None:

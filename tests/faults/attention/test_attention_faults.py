@@ -67,6 +67,7 @@ def test_a_node_killed_between_two_layers_is_told_by_its_tokens_and_computed_aga
     lenders.check_quiet()
 
 
+@pytest.mark.exhaustive
 def test_a_node_that_is_silent_costs_its_tokens_within_the_deadline(lenders: Lenders) -> None:
     context = Context(lenders.start().client())
     context.check()
@@ -109,6 +110,7 @@ def test_a_node_drained_while_it_attends_never_costs_a_token(lenders: Lenders) -
     lenders.check_quiet()
 
 
+@pytest.mark.exhaustive
 def test_the_home_may_be_killed_and_come_back(lenders: Lenders) -> None:
     context = Context(lenders.start().client())
     context.check()
@@ -165,6 +167,7 @@ def test_what_is_attended_while_its_tail_grows_is_a_whole_prefix(lenders: Lender
     assert context.tokens > first
 
 
+@pytest.mark.exhaustive
 def test_a_client_that_goes_while_its_query_is_computed_leaves_nothing_behind(
     lenders: Lenders,
 ) -> None:

@@ -44,6 +44,7 @@ class TestAmx(LevelContract):
     level = "amx"
 
 
+@pytest.mark.exhaustive
 class TestBest(KernelContract):
     def kernel(self) -> Kernel:
         return NativeKernel(threads=3)
