@@ -24,6 +24,8 @@ from kvfabric_client.sequence_view import VIEW_LEASE_S, SequenceView, view_of
 from kvfabric_client.sequence_writer import Writer
 
 CHUNK_BYTES = 16 << 20
+RESTORE_S = 0.1  # between two looks for room
+STORED = (Status.OK, Status.EXISTS)
 
 
 class Missing(FabricError):
@@ -182,7 +184,7 @@ class SequenceReads:
         """Stores the KV of sealed blocks that were lost, under their keys.
 
         For a range of tokens that `read_into` called missing, cut at blocks; all layers.
-        Refused where it is not whole blocks, Retry where there is no room.
+        Refused where it is not whole blocks, Retry where there is no room until the deadline.
         """
         self._look_inside()
         with self.using(timeout_s) as deadline:
@@ -197,20 +199,25 @@ class SequenceReads:
         filled = [np.zeros(self.shape.size_bytes, dtype=np.uint8) for _ in blocks]
         for piece, memory in zip(pieces, filled, strict=True):
             source.place(self.shape, memory, 0, piece.hi, piece.start - start)
-        statuses = home.room.put(
-            [block.key for block in blocks],
-            filled,
-            parents=parents,
-            layers=self.shape.layers,
-            at=home.address,
-            timeout_s=deadline.left_s(),
-        )
-        refused = [s for s in statuses if s not in (Status.OK, Status.EXISTS)]
-        if refused:
-            raise Retry(
-                f"{len(refused)} of {len(statuses)} blocks were not stored at node {home.node}: "
-                f"{refused[0].name}; its log says why"
+        lacking = list(range(len(blocks)))
+        while lacking:
+            statuses = home.room.put(
+                [blocks[i].key for i in lacking],
+                [filled[i] for i in lacking],
+                parents=[parents[i] for i in lacking],
+                layers=self.shape.layers,
+                at=home.address,
+                timeout_s=deadline.left_s(),
             )
+            left = [i for i, s in zip(lacking, statuses, strict=True) if s not in STORED]
+            if left and (Status.REFUSED in statuses or deadline.left_s() <= RESTORE_S):
+                raise Retry(
+                    f"{len(left)} of {len(blocks)} blocks were not stored at node {home.node}: "
+                    "there is no room, or its log says why"
+                )
+            if left:
+                time.sleep(RESTORE_S)  # others may be lent out meanwhile
+            lacking = left
 
     def blocks(self, *, timeout_s: float | None = None) -> list[Place]:
         """Where every block lies, in order."""
