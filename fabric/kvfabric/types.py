@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import NewType
+from dataclasses import asdict, dataclass, fields
+from typing import NewType, Self
 
 from kvfabric.rpc.v1 import types_pb2
 
@@ -38,7 +38,10 @@ class Status(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Dimensions and packing of a shard's bytes: layer-major, K and V of a layer contiguous."""
+    """Dimensions and packing of a shard's bytes: layer-major, K and V of a layer contiguous.
+
+    The message's fields have the same names.
+    """
 
     dtype: str
     block_tokens: int
@@ -47,6 +50,13 @@ class Format:
     kv_heads: int = 1
     head_dim: int = 1
     kind: str = "kv"
+
+    def to_proto(self) -> types_pb2.Format:
+        return types_pb2.Format(**asdict(self))
+
+    @classmethod
+    def from_proto(cls, form: types_pb2.Format) -> Self:
+        return cls(**{field.name: getattr(form, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)

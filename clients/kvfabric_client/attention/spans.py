@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvfabric.errors import FabricError
-from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import BATCH_KEYS, Key, NamespaceId
 from kvfabric_client.attention.route import Block
 from kvfabric_client.attention.runs import Runs, joined
@@ -51,18 +51,10 @@ class Span:
             self.runs = joined([*self.runs, *((block.start, block.end) for block in fresh)])
 
     def _call(self, blocks: Sequence[Block], deadline: Deadline) -> None:
-        form, full = self.shape.format, self.shape.block_tokens
+        full = self.shape.block_tokens
         request = node_pb2.OpenSpanRequest(
             namespace_id=self.namespace,
-            format=types_pb2.Format(
-                dtype=form.dtype,
-                block_tokens=form.block_tokens,
-                packing=form.packing,
-                layers=form.layers,
-                kv_heads=form.kv_heads,
-                head_dim=form.head_dim,
-                kind=form.kind,
-            ),
+            format=self.shape.format.to_proto(),
             value_dim=self.value_dim,
             sequence=self.sequence,
             keys=[block.key for block in blocks],

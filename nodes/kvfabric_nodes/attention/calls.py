@@ -12,7 +12,7 @@ from typing import Any
 
 from kvfabric.attention.shape import AttentionShape, attention_shape
 from kvfabric.errors import Refused
-from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Format, Key, NamespaceId, Status
 from kvfabric_nodes.attention import asked as asking
 from kvfabric_nodes.attention.asked import Asked, Options
@@ -67,7 +67,7 @@ class AttentionCalls:
         self, session: Session, request: node_pb2.OpenSpanRequest, keys: Sequence[Key]
     ) -> Span:
         namespace = NamespaceId(request.namespace_id)
-        shape = attention_shape(_format(request.format), request.value_dim)
+        shape = attention_shape(Format.from_proto(request.format), request.value_dim)
         if bool(request.sequence) == bool(keys):
             raise Refused("a span is of a sequence or of keys: name one of them")
         if request.sequence:
@@ -137,18 +137,6 @@ class AttentionCalls:
                 )
             )
         return found
-
-
-def _format(form: types_pb2.Format) -> Format:
-    return Format(
-        dtype=form.dtype,
-        block_tokens=form.block_tokens,
-        packing=form.packing,
-        layers=form.layers,
-        kv_heads=form.kv_heads,
-        head_dim=form.head_dim,
-        kind=form.kind,
-    )
 
 
 def _placed(

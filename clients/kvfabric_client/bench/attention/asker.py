@@ -12,7 +12,7 @@ import numpy as np
 
 from kvfabric.attention.floats import narrowed
 from kvfabric.errors import Broken
-from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import DEFAULT_TENANT, Key, NamespaceId, Status
 from kvfabric_client.bench.attention.shapes import BLOCK_TOKENS, Shape
 from kvfabric_client.bench.lanes import STORED
@@ -91,7 +91,7 @@ class Asker:
             some = keys[at : at + batch]
             request = node_pb2.OpenSpanRequest(
                 namespace_id=self._namespace,
-                format=_format(shape),
+                format=shape.format().to_proto(),
                 keys=some,
                 first_tokens=range(
                     at * BLOCK_TOKENS, (at + len(some)) * BLOCK_TOKENS, BLOCK_TOKENS
@@ -110,19 +110,6 @@ class Asker:
             values = np.random.default_rng(rows).standard_normal(sizes, np.float32)
             self._vectors[shape, rows] = narrowed(values, shape.dtype).tobytes()
         return self._vectors[shape, rows]
-
-
-def _format(shape: Shape) -> types_pb2.Format:
-    form = shape.format()
-    return types_pb2.Format(
-        dtype=form.dtype,
-        block_tokens=form.block_tokens,
-        packing=form.packing,
-        layers=form.layers,
-        kv_heads=form.kv_heads,
-        head_dim=form.head_dim,
-        kind=form.kind,
-    )
 
 
 def _deadline_s() -> float:

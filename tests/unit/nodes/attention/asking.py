@@ -25,20 +25,10 @@ SPACE = Namespace("default", b"f" * 32)
 TIMEOUT_S = 20.0
 
 
-def message(form: Format) -> types_pb2.Format:
-    return types_pb2.Format(
-        dtype=form.dtype,
-        block_tokens=form.block_tokens,
-        packing=form.packing,
-        layers=form.layers,
-        kv_heads=form.kv_heads,
-        head_dim=form.head_dim,
-        kind=form.kind,
-    )
-
-
 def opening(namespace: bytes, form: Format, sequence: int) -> node_pb2.OpenSpanRequest:
-    return node_pb2.OpenSpanRequest(namespace_id=namespace, format=message(form), sequence=sequence)
+    return node_pb2.OpenSpanRequest(
+        namespace_id=namespace, format=form.to_proto(), sequence=sequence
+    )
 
 
 def space() -> types_pb2.Namespace:
@@ -145,7 +135,7 @@ class Asker:
 
     def span_of_keys(self, form: Format, **fields: Any) -> node_pb2.OpenSpanResponse:
         request = node_pb2.OpenSpanRequest(
-            namespace_id=self.room.id, format=message(form), **fields
+            namespace_id=self.room.id, format=form.to_proto(), **fields
         )
         answer: node_pb2.OpenSpanResponse = self.say("open_span", request)
         return answer

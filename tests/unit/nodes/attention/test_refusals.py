@@ -18,7 +18,6 @@ from tests.unit.nodes.attention.asking import (
     check,
     ids,
     kv,
-    message,
     rows,
 )
 
@@ -113,7 +112,7 @@ def test_what_is_another_tenants_is_denied(node: Node, ask: Asker, sequence: Seq
     with asker(address(node, "tcp"), Namespace("b", SPACE.fingerprint)) as theirs:
         for fields in ({"sequence": sequence.id}, {"keys": [b"k" * 32], "first_tokens": [0]}):
             request = node_pb2.OpenSpanRequest(
-                namespace_id=ask.room.id, format=message(FORM), **fields
+                namespace_id=ask.room.id, format=FORM.to_proto(), **fields
             )
             with pytest.raises(Denied, match="not open in this session"):
                 theirs.say("open_span", request)
