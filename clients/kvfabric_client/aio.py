@@ -11,7 +11,6 @@ import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from kvfabric.rpc.v1 import control_pb2, types_pb2
@@ -21,6 +20,7 @@ from kvfabric_client.answers import Match, View
 from kvfabric_client.buffers import Bytes
 from kvfabric_client.client import Client
 from kvfabric_client.client import connect as connect_sync
+from kvfabric_client.closing import AsyncClosing
 from kvfabric_client.room import Room
 
 P = ParamSpec("P")
@@ -34,7 +34,7 @@ async def connect(home: str | None = None, **options: Any) -> AsyncClient:
     return AsyncClient(await asyncio.to_thread(connect_sync, home, **options))
 
 
-class AsyncClient:
+class AsyncClient(AsyncClosing):
     """See `Client`."""
 
     def __init__(self, client: Client) -> None:
@@ -71,17 +71,6 @@ class AsyncClient:
     async def close(self) -> None:
         await asyncio.to_thread(self._threads.shutdown)
         await asyncio.to_thread(self._client.close)
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 class AsyncRoom:

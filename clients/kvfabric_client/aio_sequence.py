@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from kvfabric_client.attention.bank import Bank
 from kvfabric_client.blocks import Array
+from kvfabric_client.closing import AsyncClosing
 from kvfabric_client.group import Group, Shared
 from kvfabric_client.sequence import Sequence
 from kvfabric_client.sequence_reads import SequenceReads
@@ -43,7 +43,7 @@ def _as_coroutine(
     return call
 
 
-class AsyncSequence:
+class AsyncSequence(AsyncClosing):
     """See `Sequence`. Its views are quick and synchronous; use them in a `with` statement."""
 
     def __init__(self, sequence: Sequence, run: Run) -> None:
@@ -101,19 +101,8 @@ class AsyncSequence:
         while (piece := await self.run(next, pieces, None)) is not None:
             yield piece
 
-    async def __aenter__(self) -> AsyncSequence:
-        return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-
-class AsyncGroup:
+class AsyncGroup(AsyncClosing):
     """See `Group`."""
 
     def __init__(self, group: Group, run: Run) -> None:
@@ -125,17 +114,6 @@ class AsyncGroup:
     @property
     def shared(self) -> list[Shared]:
         return self.sync.shared
-
-    async def __aenter__(self) -> AsyncGroup:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 class AsyncState:

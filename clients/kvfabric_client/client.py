@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TypeVar
 
 from kvfabric.errors import DeadlineExceeded, FabricError, Refused, Retry, Unreachable
@@ -21,6 +20,7 @@ from kvfabric.logs import guest_logger
 from kvfabric.rpc.v1 import control_pb2, node_pb2, types_pb2
 from kvfabric.types import DEFAULT_TENANT, Key, Namespace, NamespaceId
 from kvfabric_client import discovery
+from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.discovery import address_of
 from kvfabric_client.ended import ended_sessions
@@ -69,7 +69,7 @@ def connect(
     return client
 
 
-class Client:
+class Client(Closing):
     """See the module. `connect` makes one; it may also be made while no node is there."""
 
     def __init__(
@@ -183,17 +183,6 @@ class Client:
             self._links.clear()
             if self._manager is not None:
                 self._manager.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # For the rooms ------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kvfabric.errors import FabricError
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import BATCH_KEYS, Key, Status
+from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline, milliseconds
 from kvfabric_client.link import Link
 
@@ -36,7 +36,7 @@ class Shared:
     node: str  # empty: on none
 
 
-class Group:
+class Group(Closing):
     """Made by `Room.group`. A context manager that closes."""
 
     def __init__(self, link: Link) -> None:
@@ -82,17 +82,6 @@ class Group:
                 shards += frame.close_group_response.shards
                 size_bytes += frame.close_group_response.size_bytes
         return shards, size_bytes
-
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_group(

@@ -11,7 +11,6 @@ import contextlib
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 from kvfabric.attention.merge import Partial
@@ -23,6 +22,7 @@ from kvfabric_client.attention.queries import New, Query, shape_for
 from kvfabric_client.attention.recall import best_of
 from kvfabric_client.attention.source import SequenceSource
 from kvfabric_client.blocks import RawSource, Source, raw_source, source_of
+from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import checked_ids
 from kvfabric_client.sequence_reads import Missing, SequenceReads
@@ -32,7 +32,7 @@ RENEW_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
 
 
-class Sequence(SequenceReads):
+class Sequence(SequenceReads, Closing):
     """See the module. Thread-safe: writes one after the other, reads beside them. A context
     manager that closes."""
 
@@ -311,14 +311,3 @@ class Sequence(SequenceReads):
         with self.using(timeout_s) as deadline:
             self._note_attempts()
             yield self.writer, deadline
-
-    def __enter__(self) -> Sequence:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,7 +9,6 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from kvfabric_client.attention.route import HOME
 from kvfabric_client.attention.runs import Runs, joined
 from kvfabric_client.attention.summing import sum_of
 from kvfabric_client.blocks import BlockShape
+from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import Sealed
 from kvfabric_client.sequence_reads import Missing
@@ -59,7 +59,7 @@ class BankSource:
         return places
 
 
-class Bank:
+class Bank(Closing):
     """See the module. Thread-safe; a context manager that closes. `value_dim`: of latents the
     numbers that are values too, by default all."""
 
@@ -158,17 +158,6 @@ class Bank:
             yield deadline
         finally:
             self._lock.release()
-
-    def __enter__(self) -> Bank:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def blocks_of(

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from kvfabric.errors import Unreachable
+from kvfabric_client.closing import Closing
 
 END_TIMEOUT_S = 10.0
 
 
-class Child:
+class Child(Closing):
     """`python -m MODULE ARGS`, in the bench's environment, so with the same settings.
 
     `within`: the command that runs it, for a place of its own.
@@ -57,17 +57,6 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._stream(self._process.stdout).close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _first_line(self, timeout_s: float) -> dict[str, object]:
         # readline has no deadline of its own: past it, the child's end ends the reading.

@@ -8,19 +8,18 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from kvfabric_client.bench.bare import BareSocket
 from kvfabric_client.bench.children import Child
 from kvfabric_client.bench.peer import PING_BYTES, Ring, faulted_memory, receive
+from kvfabric_client.closing import Closing
 
 PEER = "kvfabric_client.bench.peer"
 
 
-class Limits:
+class Limits(Closing):
     """A segment of shared memory and a bare peer process, `pool_bytes` each.
 
     Every method moves one batch between `buffers` and the other side and returns the
@@ -37,17 +36,6 @@ class Limits:
 
     def close(self) -> None:
         self._owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def copy_in(self, buffers: list[memoryview]) -> float:
         """Into shared memory: the limit of shm_put."""
