@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc
 
-from kvfabric.errors import DeadlineExceeded, Refused, Unreachable
+from kvfabric.errors import DeadlineExceeded, FabricError, Retry, Unreachable
+from kvfabric.grpc_codes import error_of
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
 from kvfabric.types import BATCH_KEYS, Key, NamespaceId, Status
 from kvfabric_client.deadline import Deadline
@@ -163,9 +164,13 @@ class Manager:
         try:
             return method(request, timeout=deadline.left_s())
         except grpc.RpcError as error:
-            code, text = error.code(), f"manager {self.address}: {error.details()}"
-            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise DeadlineExceeded(text) from error
-            if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
-                raise Refused(text) from error
-            raise Unreachable(f"{text}; is the manager running? See `kvfabric status`") from error
+            text = f"manager {self.address}: {error.details()}"
+            raise error_of(error, text) or _of_grpc(error.code(), text) from error
+
+
+def _of_grpc(code: grpc.StatusCode, text: str) -> FabricError:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(text)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # too many calls are under way
+        return Retry(text)
+    return Unreachable(f"{text}; is the manager running? See `kvfabric status`")

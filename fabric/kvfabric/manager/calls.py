@@ -12,7 +12,7 @@ import grpc
 from kvfabric import logs
 from kvfabric.clock import Clock
 from kvfabric.errors import FabricError
-from kvfabric.grpc_codes import code_of
+from kvfabric.grpc_codes import code_of, metadata_of
 from kvfabric.manager.core import ManagerCore
 from kvfabric.manager.epoch import FencedStore
 from kvfabric.metrics import Metrics
@@ -43,4 +43,5 @@ def translated(context: Any) -> Iterator[None]:
         code = code_of(error)
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed")
+        context.set_trailing_metadata(metadata_of(error))
         context.abort(code, str(error))

@@ -24,7 +24,7 @@ from kvfabric.errors import (
     Refused,
     Retry,
 )
-from kvfabric.grpc_codes import code_of
+from kvfabric.grpc_codes import code_of, metadata_of
 from kvfabric.rpc.v1 import node_pb2, node_pb2_grpc
 from kvfabric.types import NamespaceId
 from kvfabric.wire.frames import MAX_PAYLOAD_BYTES
@@ -262,4 +262,4 @@ def _session_name(context: Any) -> str:
 
 
 async def _abort(context: Any, error: FabricError) -> None:
-    await context.abort(code_of(error), str(error))
+    await context.abort(code_of(error), str(error), metadata_of(error))

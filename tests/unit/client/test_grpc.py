@@ -13,6 +13,8 @@ import pytest
 
 import kvfabric_client
 from kvfabric import checksums
+from kvfabric.errors import Denied, Refused
+from kvfabric.grpc_codes import error_of
 from kvfabric.rpc.v1 import node_pb2, node_pb2_grpc, types_pb2
 from kvfabric.types import Namespace, Status
 from kvfabric_client import Room
@@ -243,6 +245,8 @@ def test_an_error_has_its_code(
     with pytest.raises(grpc.RpcError) as caught:
         guest.call(method, request_)
     assert caught.value.code() is code
+    denied = code is grpc.StatusCode.PERMISSION_DENIED
+    assert type(error_of(caught.value, "")) is (Denied if denied else Refused)
 
 
 def test_a_read_of_another_s_namespace_is_denied(node: Node, guest: Guest) -> None:
