@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from tests.unit.client.conftest import address, counter
-from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, ids, kv, rows
+from tests.unit.client.conftest import counter
+from tests.unit.nodes.attention.asking import Asker, Call, Query, ids, kv, rows
 
 from kvfabric.types import Format
-from kvfabric_nodes.node import Node
 
 FORM = Format("bfloat16", block_tokens=16, layers=2, kv_heads=2, head_dim=8)
 TOKEN_BYTES = 2 * 2 * 8 * 2  # K and V, in one layer
-
-
-@pytest.fixture
-def ask(node: Node) -> Iterator[Asker]:
-    with asker(address(node, "unix")) as found:
-        yield found
 
 
 def test_rows_bytes_and_gaps_are_counted_and_a_shared_block_is_read_once(ask: Asker) -> None:

@@ -44,12 +44,6 @@ def node(gate: Gate, start: Start) -> Node:
 
 
 @pytest.fixture
-def ask(node: Node) -> Iterator[Asker]:
-    with asker(address(node, "unix")) as found:
-        yield found
-
-
-@pytest.fixture
 def thread() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as pool:
         yield pool

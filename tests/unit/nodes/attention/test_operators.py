@@ -9,25 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.unit.client.conftest import address
-from tests.unit.nodes.attention.asking import Asker, Query, asker, ids, kv
+from tests.unit.nodes.attention.asking import Asker, Query, ids, kv
 
 from kvfabric.attention.floats import narrowed, widened
 from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric.types import Format
 from kvfabric_client import Sequence
-from kvfabric_nodes.node import Node
 
 Array = NDArray[Any]
 FORM = Format("float32", block_tokens=16, layers=2, kv_heads=2, head_dim=8)
 TOKENS = 150
-
-
-@pytest.fixture
-def ask(node: Node) -> Iterator[Asker]:
-    with asker(address(node, "unix")) as found:
-        yield found
 
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])

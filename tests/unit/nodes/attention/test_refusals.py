@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 from tests.unit.client.conftest import Start, address
-from tests.unit.nodes.attention.asking import (
-    SPACE,
-    Asker,
-    Call,
-    Query,
-    asker,
-    check,
-    ids,
-    kv,
-    rows,
-)
+from tests.unit.nodes.attention.asking import SPACE, Asker, Call, Query, asker, check, ids, kv, rows
 
 from kvfabric.errors import Denied, FabricError, Refused, Unsupported
 from kvfabric.rpc.v1 import node_pb2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,9 @@ from tests.unit.nodes.attention.asking import (
 
 from kvfabric.attention.floats import narrowed
 from kvfabric.types import Format
-from kvfabric_nodes.node import Node
 
 Array = NDArray[Any]
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@pytest.fixture
-def ask(node: Node) -> Iterator[Asker]:
-    with asker(address(node, "unix")) as found:
-        yield found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
