@@ -49,10 +49,7 @@ def nodes(start: Start, manager: ManagerServer) -> tuple[Node, Node]:
     """The home, and a creditor."""
     home = start("home", memory=HOME_BYTES, segment=SEGMENT_BYTES, manager=manager.address)
     creditor = start("creditor", memory=16 * HOME_BYTES, manager=manager.address)
-    for node in (home, creditor):
-        heartbeat = node.neighbours.heartbeat
-        assert heartbeat is not None
-        wait_for(lambda asked=heartbeat.inquiries: asked.connected)  # type: ignore[misc]
+    wait_connected(home, creditor)
     return home, creditor
 
 
@@ -61,6 +58,14 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < until_s
         time.sleep(0.01)
+
+
+def wait_connected(*nodes: Node) -> None:
+    """Until each of them can ask its manager."""
+    for node in nodes:
+        assert node.neighbours.heartbeat is not None
+        inquiries = node.neighbours.heartbeat.inquiries
+        wait_for(lambda inquiries=inquiries: inquiries.connected)  # type: ignore[misc]
 
 
 def kv(number: int) -> Floats:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.client.conftest import counter
+from tests.unit.client.conftest import client, counter, room
 from tests.unit.client.test_deadlines import eventually
 
 import kvfabric_client
@@ -22,18 +21,9 @@ from kvfabric_client.attention.parts import Part
 
 from .numbers import check, expected, fill, random_kv, random_queries
 
+__all__ = ["client", "room"]  # fixtures: of one node
+
 FORM = Format("float32", block_tokens=16, layers=2, kv_heads=2, head_dim=32)
-
-
-@pytest.fixture
-def client(home: str) -> Iterator[Client]:
-    with contextlib.closing(kvfabric_client.connect(home, timeout_s=20)) as client:
-        yield client
-
-
-@pytest.fixture
-def room(client: Client) -> Room:
-    return client.open(Namespace("default", b"f" * 32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

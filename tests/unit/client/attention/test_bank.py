@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.unit.client.conftest import Start, address, key
-from tests.unit.client.test_outgrown import wait_for
+from tests.unit.client.test_outgrown import wait_connected, wait_for
 
 import kvfabric_client
 from kvfabric.errors import Refused
@@ -32,10 +32,7 @@ KEYS = [key(number) for number in range(1, 41)]
 @pytest.fixture
 def nodes(start: Start, manager: ManagerServer) -> list[Node]:
     nodes = [start(f"n{i}", manager=manager.address) for i in range(3)]
-    for node in nodes:
-        heartbeat = node.neighbours.heartbeat
-        assert heartbeat is not None
-        wait_for(lambda asked=heartbeat.inquiries: asked.connected)  # type: ignore[misc]
+    wait_connected(*nodes)
     return nodes
 
 

@@ -6,10 +6,8 @@ import pytest
 
 from kvfabric_client import Client, Missing, Query, Sequence, attend_batch
 
-from .lending import FORM, SPACE, TOKENS, client, kv, lent, nodes, right
+from .lending import FORM, SPACE, TOKENS, right
 from .numbers import Array, check, expected, random_queries
-
-__all__ = ["client", "kv", "lent", "nodes"]  # fixtures
 
 HEADS = 8
 ROW = HEADS * FORM.head_dim

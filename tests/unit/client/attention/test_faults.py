@@ -14,23 +14,8 @@ from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric_client import Client, Missing, Sequence
 
-from .lending import (
-    FORM,
-    QUERIES,
-    SPACE,
-    TOKENS,
-    Nodes,
-    at,
-    client,
-    give_back,
-    kv,
-    lent,
-    nodes,
-    right,
-)
+from .lending import FORM, QUERIES, SPACE, TOKENS, Nodes, at, give_back, right
 from .numbers import Array, check, fill, random_queries
-
-__all__ = ["client", "kv", "lent", "nodes"]  # fixtures
 
 
 def test_a_node_that_dies_leaves_exactly_its_tokens_missing(

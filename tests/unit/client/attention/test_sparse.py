@@ -8,10 +8,8 @@ import pytest
 from kvfabric.errors import Refused
 from kvfabric_client import Pages, Sequence
 
-from .lending import FORM, TOKENS, client, kv, lent, nodes, right
+from .lending import FORM, TOKENS, right
 from .numbers import Array, check, expected, random_queries
-
-__all__ = ["client", "kv", "lent", "nodes"]  # fixtures
 
 QUERY = random_queries(1, 4, FORM.head_dim)
 

@@ -17,23 +17,8 @@ from kvfabric.rpc.v1 import control_pb2
 from kvfabric_client import Client, Missing, Query, Sequence, attend_batch
 from kvfabric_client.blocks import shape_of
 
-from .lending import (
-    FORM,
-    QUERIES,
-    SPACE,
-    TOKENS,
-    Nodes,
-    at,
-    client,
-    give_back,
-    kv,
-    lent,
-    nodes,
-    right,
-)
+from .lending import FORM, QUERIES, SPACE, TOKENS, Nodes, at, give_back, right
 from .numbers import Array, check, expected, fill, random_queries
-
-__all__ = ["client", "kv", "lent", "nodes"]  # fixtures
 
 
 def test_by_token(lent: Sequence, kv: Array, nodes: Nodes) -> None:

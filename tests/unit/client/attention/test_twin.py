@@ -12,10 +12,8 @@ import pytest
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric_client import Client, Sequence
 
-from .lending import FORM, SPACE, Nodes, client, nodes
+from .lending import FORM, SPACE, Nodes
 from .numbers import Array, check, expected, random_queries
-
-__all__ = ["client", "nodes"]  # fixtures
 
 MOST = 4500  # more than twice what the home can hold
 STEPS = 40
