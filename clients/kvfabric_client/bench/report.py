@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvfabric.errors import Refused
+from kvfabric_client import files
 
 BASE_PACKAGES = ("kvfabric", "numpy", "protobuf", "xxhash")
 DIGITS = 6  # after the point, in JSON
@@ -153,11 +154,7 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """Writes `to_json`, making the folder. Refused where that cannot be written."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json())
-        except OSError as error:
-            raise Refused(f"cannot write the report to {path}: {error.strerror}") from error
+        files.write(path, self.to_json(), "report")
 
 
 def machine(packages: Iterable[str] = ()) -> dict[str, object]:

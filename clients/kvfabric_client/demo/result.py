@@ -9,7 +9,7 @@ from statistics import median
 
 from rich.table import Table
 
-from kvfabric.errors import Refused
+from kvfabric_client import files
 
 LOADED_SHARE = 0.95
 COLD_OVER_WARM = 25.0
@@ -105,11 +105,7 @@ class Result:
 
     def write_json(self, path: Path) -> None:
         """Writes `to_json`, making the folder. Refused where that cannot be written."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json())
-        except OSError as error:
-            raise Refused(f"cannot write the result to {path}: {error.strerror}") from error
+        files.write(path, self.to_json(), "result")
 
     def table(self) -> Table:
         count = len(self.rounds)

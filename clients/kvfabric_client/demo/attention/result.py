@@ -9,7 +9,7 @@ from statistics import median
 
 from rich.table import Table
 
-from kvfabric.errors import Refused
+from kvfabric_client import files
 from kvfabric_client.demo.lending.result import Holding
 from kvfabric_client.texts import size
 
@@ -103,11 +103,7 @@ class Result:
         }
         for phase, each in zip(shape["phases"], self.phases, strict=True):
             phase["formula_bytes"] = each.formula_bytes(self.shape)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(shape, indent=2) + "\n")
-        except OSError as error:
-            raise Refused(f"cannot write the result to {path}: {error.strerror}") from error
+        files.write(path, json.dumps(shape, indent=2) + "\n", "result")
 
     def who_attends(self) -> Table:
         """A row per node, a column per phase."""

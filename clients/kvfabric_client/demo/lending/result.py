@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from kvfabric.errors import Refused
 from kvfabric.rpc.v1 import control_pb2
+from kvfabric_client import files
 from kvfabric_client.texts import size
 
 
@@ -90,11 +90,7 @@ class Result:
         }
         for reading, each in zip(shape["readings"], self.readings, strict=True):
             reading["gigabytes_per_s"] = each.gigabytes_per_s
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(shape, indent=2) + "\n")
-        except OSError as error:
-            raise Refused(f"cannot write the result to {path}: {error.strerror}") from error
+        files.write(path, json.dumps(shape, indent=2) + "\n", "result")
 
     def who_holds_what(self) -> Table:
         """A row per node, a column per moment."""
