@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvfabric.errors import Refused
+from kvfabric_client.demo.conclusion import Json, conclude
 from kvfabric_client.demo.protocol import ENGINES
 from kvfabric_client.demo.run import Plan, run
 from kvfabric_client.demo.steps import Steps
@@ -27,9 +28,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Folder of another causal model, with its tokenizer.")
     ] = None,
-    json: Annotated[Path, typer.Option(help="Where the result is written.")] = Path(
-        "out/demo.json"
-    ),
+    json: Json = Path("out/demo.json"),
 ) -> None:
     """Two engine processes, one after the other, share the KV of long prompts by a fabric.
 
@@ -40,12 +39,7 @@ def demo(
         raise Refused(f"no engine is called {engine!r}; choose from {', '.join(CHOICES)}")
     console = Console(highlight=False)
     result = run(Plan(tokens, runs, engine, model, json.parent), Steps(console))
-    result.write_json(json)
-    console.print(result.table())
-    console.print(f"also in {json}")
-    if result.failure:
-        console.print(f"[red]{result.failure}[/]")
-        raise SystemExit(1)  # also through the command line that hands on to this one
+    conclude(console, result, json, result.table)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvfabric_client.demo.attention.run import run
+from kvfabric_client.demo.conclusion import Json, conclude
 from kvfabric_client.demo.steps import Steps
 
 app = typer.Typer()
@@ -22,9 +23,7 @@ def attention(
     answer: Annotated[
         int, typer.Option(min=4, max=64, help="Tokens decoded before the drain, and after it.")
     ] = 16,
-    json: Annotated[Path, typer.Option(help="Where the result is written.")] = Path(
-        "out/attention.json"
-    ),
+    json: Json = Path("out/attention.json"),
 ) -> None:
     """A real model decodes from a long text whose KV lies on three memory nodes.
 
@@ -34,14 +33,7 @@ def attention(
     """
     console = Console(highlight=False)
     result = run(tokens, answer, json.parent, Steps(console))
-    result.write_json(json)
-    console.print(result.who_attends())
-    console.print(result.decoding())
-    console.print(result.table())
-    console.print(f"also in {json}")
-    if result.failure:
-        console.print(f"[red]{result.failure}[/]")
-        raise SystemExit(1)  # also through the command line that hands on to this one
+    conclude(console, result, json, result.who_attends, result.decoding, result.table)
 
 
 if __name__ == "__main__":

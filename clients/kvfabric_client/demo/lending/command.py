@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvfabric.settings import parse_size
+from kvfabric_client.demo.conclusion import Json, conclude
 from kvfabric_client.demo.lending.run import run
 from kvfabric_client.demo.steps import Steps
 
@@ -21,9 +22,7 @@ def lending(
         int, typer.Option(min=2, max=64, help="How many times its home's memory it grows to.")
     ] = 19,
     home: Annotated[str, typer.Option(help="Memory of the home node.")] = "16MiB",
-    json: Annotated[Path, typer.Option(help="Where the result is written.")] = Path(
-        "out/lending.json"
-    ),
+    json: Json = Path("out/lending.json"),
 ) -> None:
     """A sequence outgrows its home node; a creditor is drained, another one killed meanwhile.
 
@@ -36,13 +35,7 @@ def lending(
         raise typer.BadParameter(str(error), param_hint="--home") from error
     console = Console(highlight=False)
     result = run(times, home_bytes, json.parent / "lending-logs", Steps(console))
-    result.write_json(json)
-    console.print(result.who_holds_what())
-    console.print(result.table())
-    console.print(f"also in {json}")
-    if result.failure:
-        console.print(f"[red]{result.failure}[/]")
-        raise SystemExit(1)  # also through the command line that hands on to this one
+    conclude(console, result, json, result.who_holds_what, result.table)
 
 
 if __name__ == "__main__":
