@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from typing import IO
 
 from kvfabric.errors import Unreachable
+from kvfabric_client.children import line_of
 from kvfabric_client.closing import Closing
 
 END_TIMEOUT_S = 10.0
@@ -59,19 +59,14 @@ class Child(Closing):
         self._stream(self._process.stdout).close()
 
     def _first_line(self, timeout_s: float) -> dict[str, object]:
-        # readline has no deadline of its own: past it, the child's end ends the reading.
-        alarm = threading.Timer(timeout_s, self._process.kill)
-        alarm.start()
+        line = line_of(self._process, timeout_s)
         try:
-            line = self._stream(self._process.stdout).readline()
             ready = json.loads(line)
         except json.JSONDecodeError as error:
             raise Unreachable(
                 f"{self._name} did not start within {timeout_s:g} s; run "
                 f"`python -m {self._name}` to see why"
             ) from error
-        finally:
-            alarm.cancel()
         if not isinstance(ready, dict):
             raise Unreachable(f"{self._name} began with {line!r} instead of a JSON object")
         return ready

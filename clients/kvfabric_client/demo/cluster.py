@@ -12,12 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvfabric.errors import Broken
+from kvfabric_client.children import line_of
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
@@ -60,13 +60,7 @@ class Process:
             self._process.stdout.close()
 
     def _first_line(self) -> dict[str, str]:
-        watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
-        watchdog.start()
-        try:
-            assert self._process.stdout is not None
-            line = self._process.stdout.readline()
-        finally:
-            watchdog.cancel()
+        line = line_of(self._process, START_TIMEOUT_S)
         if not line:
             self.end()
             raise Broken(f"a process of the demo did not start; see {self.log}")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvfabric.errors import Broken
+from kvfabric_client.children import line_of
 from kvfabric_client.demo.attention.protocol import Order, Report, Spec, dump, load_report
 from kvfabric_client.demo.process import log_tail
 
@@ -41,13 +42,7 @@ class Child:
         return self._report()
 
     def _report(self) -> Report:
-        watchdog = threading.Timer(ANSWER_TIMEOUT_S, self._process.kill)
-        watchdog.start()
-        try:
-            assert self._process.stdout is not None
-            line = self._process.stdout.readline()
-        finally:
-            watchdog.cancel()
+        line = line_of(self._process, ANSWER_TIMEOUT_S)
         if not line:
             raise Broken(f"an engine ended; the end of {self._log}:\n{log_tail(self._log)}")
         return load_report(line)
