@@ -43,6 +43,7 @@ def attend_new(
     )
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # log 0: nothing was seen; keys that are no number
 def _some(
     queries: Floats,
     keys: Floats,
@@ -59,16 +60,21 @@ def _some(
     logits *= np.float32(scale)
     if softcap:
         logits = np.float32(softcap) * np.tanh(logits / np.float32(softcap))
-    hidden = (positions >= sight.hi[:, None]) | (
+    hidden: NDArray[np.bool_] = (positions >= sight.hi[:, None]) | (
         (positions < sight.lo[:, None]) & (positions >= sight.sinks)
     )
     logits[:, np.repeat(hidden, group, axis=0)] = -np.inf
     most = logits.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(logits - np.where(most > -np.inf, most, 0))
     total = weights.sum(axis=-1, keepdims=True)
+    bad = np.asarray(~np.isfinite(values).all(axis=-1))  # [KV heads, tokens]
+    if bad.any():  # 0 times such a number is none, too: only rows that see it shall have it
+        values = np.where(bad[..., None], np.float32(0), values)
     o = (weights @ values) / np.where(total > 0, total, 1)
-    with np.errstate(divide="ignore"):  # log 0: nothing was seen
-        lse = most + np.log(total)
+    if bad.any():
+        spoiled = bad.astype(np.float32) @ ~hidden.T  # [KV heads, rows]
+        o[np.repeat(spoiled > 0, group, axis=1)] = np.nan
+    lse = most + np.log(total)
     return Partial(_unfolded(o, rows), _unfolded(lse, rows)[..., 0])
 
 

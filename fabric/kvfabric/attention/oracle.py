@@ -39,7 +39,10 @@ def attend(
     most = logits.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(logits - np.where(most > -np.inf, most, 0))
     total = weights.sum(axis=-1)
-    o = np.einsum("rht,thd->rhd", weights, v) / np.where(total > 0, total, 1)[..., None]
+    o = np.empty((*weights.shape[:2], v.shape[2]))
+    for row, mine in enumerate(seen):  # 0 times a number that is none would be none, too
+        o[row] = np.einsum("ht,thd->hd", weights[row][:, mine], v[mine])
+    o /= np.where(total > 0, total, 1)[..., None]
     with np.errstate(divide="ignore"):
         lse = most[..., 0] + np.log(total)
     return Partial(o.astype(np.float32), lse.astype(np.float32))

@@ -16,9 +16,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.attention.scattered import Case, scattered
 
+from kvfabric.attention.floats import STORED, narrowed
 from kvfabric_nodes.attention.kernels import Kernel
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Row 0 sees the first 20 of 64 tokens, row 1 all of them, and so on.
+HALF_SEEN = Case(
+    3,
+    kv_heads=2,
+    dim=40,
+    block_tokens=64,
+    pieces=((0, 64),),
+    rows=12,
+    positions=(19, 63) * 6,
+    visible=64,
+)
 
 
 @st.composite
@@ -109,6 +122,29 @@ class KernelContract(abc.ABC):
         part = kernel.attend(scattered(case).work)
         assert (part.lse == -np.inf).all()
         assert (part.o == 0).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("plane", [0, 1], ids=["key", "value"])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_number_that_is_none_reaches_the_rows_that_see_it_and_no_others(
+        self, dtype: str, plane: int, bad: float
+    ) -> None:
+        for positions in (HALF_SEEN.positions, ()):
+            case = dataclasses.replace(HALF_SEEN, dtype=dtype, positions=positions)
+            made, kernel = scattered(case), self.kernel()
+            if kernel.refuses(made.work):
+                pytest.skip("it leaves this to others")
+            block = made.memory[0].array.view(STORED[dtype]).reshape(2, 2, 64, 40)
+            block[plane, 1, 30, :] = narrowed(np.array(bad, np.float32), dtype)
+            sees = np.zeros(made.expected.lse.shape, bool)
+            sees[1 if positions else 0 :: 2 if positions else 1, case.group :] = True
+
+            part = kernel.attend(made.work)
+
+            assert not np.isfinite(part.o[sees]).any()
+            assert np.abs(part.o[~sees] - made.expected.o[~sees]).max() <= self.o_error
+            lse_error = np.abs(part.lse[~sees] - made.expected.lse[~sees])
+            assert (lse_error <= self.lse_error * (1 + np.abs(made.expected.lse[~sees]))).all()
 
     def compare(self, case: Case) -> None:
         made, kernel = scattered(case), self.kernel()

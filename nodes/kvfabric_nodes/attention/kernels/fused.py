@@ -3,12 +3,17 @@
 K and V are gathered, some pieces at a time, so that they are still in the cache when the op reads
 them; the query heads of a KV head are folded into the query length, so that each key is read once.
 Pieces that every row sees whole go without a mask.
+
+The ops multiply what a mask hides by zero, which a number that is none survives, and some round one
+to a number. So where K and V have such, all is computed once more, without them, and the rows that
+see them are told apart.
 """
 
 from __future__ import annotations
 
 import abc
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,25 +77,50 @@ class FusedKernel(abc.ABC):
         """The tensor on the device."""
 
     def attend(self, work: Work) -> Partial:
+        partial, total = self._merged(work, wary=False)
+        return partial if math.isfinite(float(total)) else self._merged(work, wary=True)[0]
+
+    def _merged(self, work: Work, *, wary: bool) -> tuple[Partial, Any]:
+        """Over all pieces, and the sum of the numbers in them."""
         torch, shape = self.torch, work.shape
         folded = self._fold(work)
         o = self.placed(torch.zeros((*folded.shape[1:3], shape.value_dim)))
         lse = self.placed(torch.full(folded.shape[1:3], -torch.inf))
         token_bytes = 2 * shape.kv_heads * shape.key_dim * folded.element_size()
         most = max(1, self.chunk_bytes // token_bytes)
+        total = self.placed(torch.zeros(()))
         for index, masked in zip(split(work), (False, True), strict=True):
             for chunk in chunks(index, work.tokens, most):
-                part = self._attend(work, folded, chunk, masked=masked)
+                k, v = self._planes(work, chunk, folded.dtype)
+                seen = self._seen(work, chunk) if masked else None
+                if wary:
+                    part = self._wary(work, folded, k, v, seen)
+                else:
+                    total += k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
+                    part = self._attend(work, folded, k, v, seen)
                 o, lse = self._merge(o, lse, *part)
-        return Partial(self._unfold(work, o), self._unfold(work, lse))
+        return Partial(self._unfold(work, o), self._unfold(work, lse)), total
 
-    def _attend(self, work: Work, q: Any, chunk: list[int], *, masked: bool) -> tuple[Any, Any]:
-        torch, shape = self.torch, work.shape
+    def _planes(self, work: Work, chunk: list[int], dtype: Any) -> tuple[Any, Any]:
+        """K and V of these pieces."""
+        shape = work.shape
         keys = (shape.key_token_stride, shape.key_head_stride)
         values = (shape.value_token_stride, shape.value_head_stride)
-        k = self._gather(work, chunk, work.keys, keys, q.dtype)
-        v = self._gather(work, chunk, work.values, values, q.dtype) if shape.value_offset else k
-        seen = self._seen(work, chunk) if masked else None
+        k = self._gather(work, chunk, work.keys, keys, dtype)
+        return k, self._gather(work, chunk, work.values, values, dtype) if shape.value_offset else k
+
+    def _wary(self, work: Work, q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
+        """As `_attend`; a row that sees a token with a number that is none has nothing else."""
+        torch = self.torch
+        bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [1, KV heads, tokens]
+        k, v = k.masked_fill(bad[..., None], 0), v.masked_fill(bad[..., None], 0)
+        o, lse = self._attend(work, q, k, v, seen)
+        rows = torch.ones(q.shape[2], k.shape[2]) if seen is None else seen.float()
+        spoiled = (bad[0].float() @ self.placed(rows).T) > 0  # [KV heads, folded rows]
+        return o.masked_fill(spoiled[..., None], torch.nan), lse.masked_fill(spoiled, torch.nan)
+
+    def _attend(self, work: Work, q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
+        torch, shape = self.torch, work.shape
         mask = None
         if seen is not None:
             zero = torch.zeros(seen.shape, dtype=q.dtype)

@@ -62,3 +62,21 @@ def test_rows_that_see_nothing_are_empty() -> None:
     assert not got.o[0].any()
     assert (got.lse[0] == -np.inf).all()
     assert (got.lse[1] > -np.inf).all()
+
+
+@pytest.mark.parametrize("plane", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_reaches_the_rows_that_see_it_and_no_others(
+    plane: int, bad: float
+) -> None:
+    random = np.random.default_rng(0)
+    q = random.normal(size=(7, 6, 8)).astype(np.float32)
+    kv = random.normal(size=(2, 2, 7, 8)).astype(np.float32)
+    at = np.arange(7)
+    whole = attend_new(q, kv[0], kv[1], at, sight(7, at, 7), 0.3)
+    kv[plane, 1, 4] = bad
+    got = attend_new(q, kv[0], kv[1], at, sight(7, at, 7), 0.3)
+    spoiled = np.zeros((7, 6), bool)
+    spoiled[4:, 3:] = True
+    assert np.array_equal(got.o[~spoiled], whole.o[~spoiled])
+    assert not np.isfinite(got.o[spoiled]).any()
