@@ -11,10 +11,11 @@ from kvfabric.errors import DeadlineExceeded, FabricError, Retry, Unreachable
 from kvfabric.grpc_codes import error_of
 from kvfabric.rpc.v1 import control_pb2, control_pb2_grpc
 from kvfabric.types import BATCH_KEYS, Key, NamespaceId, Status
+from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline
 
 
-class Manager:
+class Manager(Closing):
     """A gRPC channel to the gManager."""
 
     def __init__(self, address: str) -> None:

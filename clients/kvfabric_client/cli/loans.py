@@ -32,11 +32,8 @@ def ledger(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
     from kvfabric_client.deadline import Deadline
 
     chosen_runtime_dir(runtime_dir)
-    manager = known_manager()
-    try:
+    with known_manager() as manager:
         answer = manager.ledger(Deadline.after(CALL_DEADLINE_S))
-    finally:
-        manager.close()
     loans = merged(answer)
     if as_json:
         print_json(
@@ -55,11 +52,8 @@ def plans(runtime_dir: RuntimeDir = None, as_json: Json = False) -> None:
     from kvfabric_client.deadline import Deadline
 
     chosen_runtime_dir(runtime_dir)
-    manager = known_manager()
-    try:
+    with known_manager() as manager:
         found = manager.plans(Deadline.after(CALL_DEADLINE_S))
-    finally:
-        manager.close()
     if as_json:
         print_json([_plan(each) for each in found])
     else:

@@ -80,15 +80,12 @@ def migrate(
         copy=copy,
     )
     chosen_runtime_dir(runtime_dir)
-    manager = known_manager()
-    try:
+    with known_manager() as manager:
         begun = manager.migrate(request, Deadline.after(CALL_DEADLINE_S))
         if detach:
             _begun(begun, as_json)
             return
         move = _watch_move(manager, begun.move, timeout, as_json)
-    finally:
-        manager.close()
     _tell_end(move, as_json)
 
 
@@ -110,8 +107,7 @@ def drain(
 
     bytes_per_s = size_bytes(rate, "--rate")
     chosen_runtime_dir(runtime_dir)
-    manager = known_manager()
-    try:
+    with known_manager() as manager:
         if cancel:
             manager.drain(node, Deadline.after(CALL_DEADLINE_S), cancel=True)
             if as_json:
@@ -120,8 +116,6 @@ def drain(
                 console().print(f"{node} serves again")
             return
         told = _watch_drain(manager, node, bytes_per_s, timeout, as_json)
-    finally:
-        manager.close()
     if told is None:
         raise errors.Unreachable(
             f"the gManager {manager.address} did not answer within {timeout:.0f} s: it is not "
@@ -150,13 +144,10 @@ def moves(
     from kvfabric_client.deadline import Deadline
 
     chosen_runtime_dir(runtime_dir)
-    manager = known_manager()
-    try:
+    with known_manager() as manager:
         if cancel:
             manager.cancel_move(cancel, Deadline.after(CALL_DEADLINE_S))
         found = manager.moves(Deadline.after(CALL_DEADLINE_S))
-    finally:
-        manager.close()
     if as_json:
         print_json([_view(move) for move in found])
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,7 +58,7 @@ def policy(
 
     room = namespace_id(named_namespace(namespace, tenant)) if namespace else b""
     chosen_runtime_dir(runtime_dir)
-    with closing(known_manager()) as manager:
+    with known_manager() as manager:
         found = manager.policies(Deadline.after(CALL_DEADLINE_S))
         if remove or replicas is not None or hot is not None:
             old = next((each for each in found if each.namespace_id == room), None)
@@ -99,12 +98,12 @@ def replicas(
         raise typer.BadParameter("keys need --count or --remove, and these need keys")
     if not keys:
         chosen_runtime_dir(runtime_dir)
-        with closing(known_manager()) as manager:
+        with known_manager() as manager:
             _show_replicas(manager.replicas(Deadline.after(CALL_DEADLINE_S)), as_json)
         return
     room, wanted = namespace_id(named_namespace(namespace, tenant)), count or 0
     chosen_runtime_dir(runtime_dir)
-    with closing(known_manager()) as manager:
+    with known_manager() as manager:
         held = _told(keys, lambda part, until: manager.set_replicas(room, part, wanted, until))
     if as_json:
         print_json({"keys": len(keys), "held": held, "replicas": wanted})
@@ -131,7 +130,7 @@ def pin(
     room = namespace_id(named_namespace(namespace, tenant))
     keys = _keys(key)
     chosen_runtime_dir(runtime_dir)
-    with closing(known_manager()) as manager:
+    with known_manager() as manager:
         held = _told(keys, lambda part, until: manager.pin(room, part, until, unpin=unpin))
     if as_json:
         print_json({"keys": len(keys), "held": held, "pinned": not unpin})

@@ -64,7 +64,7 @@ class _Story:
             fabric = stack.enter_context(
                 cluster(_memory(result, block_bytes), block_bytes, out / "attention-logs")
             )
-        self._manager = stack.enter_context(contextlib.closing(Manager(fabric.manager)))
+        self._manager = stack.enter_context(Manager(fabric.manager))
         with steps.step("the engine's process, as if on another host"):
             spec = Spec(str(model), fabric.tcp(HOME), CHUNK_TOKENS, BLOCK_TOKENS)
             started = engine(spec, out / "attention-logs" / "engine.log")

@@ -52,7 +52,7 @@ def run(times_home: int, home_bytes: int, logs: Path, steps: Steps) -> Result:
             memory = {HOME: home_bytes} | dict.fromkeys(LENDERS, lender_bytes)
             starting = cluster(memory, BLOCK_BYTES, logs)
             fabric = stack.enter_context(starting)
-        manager = stack.enter_context(contextlib.closing(Manager(fabric.manager)))
+        manager = stack.enter_context(Manager(fabric.manager))
         client = stack.enter_context(connect(fabric.unix(HOME), timeout_s=APPEND_S))
         stack.enter_context(Watch(manager, steps.note))
         _Story(fabric, client, manager, steps, result).tell(sequence_bytes)
