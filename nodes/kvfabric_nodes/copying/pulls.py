@@ -11,6 +11,7 @@ import enum
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from kvfabric.errors import Retry
 from kvfabric.rpc.v1 import control_pb2, types_pb2
@@ -75,6 +76,11 @@ class Pulled:
     size_bytes: int  # copied
     seconds: float
     why: str = ""  # of the last failure
+
+    @classmethod
+    def not_begun(cls, order: PullOrder, why: str) -> Self:
+        """Of an order that was refused."""
+        return cls(order, dict.fromkeys(order.keys, Outcome.FAILED), 0, 0.0, why)
 
 
 class Throttle:

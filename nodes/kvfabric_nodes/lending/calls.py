@@ -17,9 +17,10 @@ from kvfabric.rpc.v1 import control_pb2, node_pb2
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.copying.peers import Peers
 from kvfabric_nodes.copying.puller import Puller
-from kvfabric_nodes.copying.pulls import Outcome, Pulled
+from kvfabric_nodes.copying.pulls import Outcome, Pulled, PullOrder
 from kvfabric_nodes.lending.core import Lending
 from kvfabric_nodes.lending.instructions import (
+    CALLS,
     AskCreditors,
     AskPlaces,
     AskReplicas,
@@ -36,12 +37,6 @@ from kvfabric_nodes.store.promises import Session
 
 NODE_TICK_S = 0.1  # the node ticks so often anyway
 MIN_WAIT_S = 0.001  # a timer may be a little early
-CALLS = {  # as the wire names them
-    "Lend": "lend",
-    "RenewLoans": "renew_loans",
-    "ReturnLoan": "return_loan",
-    "RecallLoan": "recall_loan",
-}
 FAILPOINTS = {"ReturnLoan": "recall.returned", "RecallLoan": "recall.asked"}  # before it is sent
 
 
@@ -157,7 +152,7 @@ class LendingCalls:
 
     def _carry_out(self, instruction: Instruction) -> None:
         if isinstance(instruction, Fetch):
-            self._fetch(instruction)
+            self._fetch(instruction.order)
         elif isinstance(instruction, CancelFetch):
             self._puller.cancel("loan", instruction.order_id)
         elif isinstance(instruction, CallPeer):
@@ -221,13 +216,11 @@ class LendingCalls:
         self._lending.replicas(wanted.ticket, found, self._clock.now(), why)
         self.carry_out()
 
-    def _fetch(self, wanted: Fetch) -> None:
-        order = wanted.order
+    def _fetch(self, order: PullOrder) -> None:
         try:
             self._puller.begin(order, self._fetched)
         except FabricError as error:
-            outcomes = dict.fromkeys(order.keys, Outcome.FAILED)
-            self._loop.call_soon(self._fetched, Pulled(order, outcomes, 0, 0.0, str(error)))
+            self._loop.call_soon(self._fetched, Pulled.not_begun(order, str(error)))
 
     def _fetched(self, result: Pulled) -> None:
         if any(outcome is Outcome.COPIED for outcome in result.outcomes.values()):

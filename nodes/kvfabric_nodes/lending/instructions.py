@@ -25,6 +25,12 @@ Response = (
     | node_pb2.ReturnLoanResponse
     | node_pb2.RecallLoanResponse
 )
+CALLS = {  # as the wire names them
+    "Lend": "lend",
+    "RenewLoans": "renew_loans",
+    "ReturnLoan": "return_loan",
+    "RecallLoan": "recall_loan",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class CallPeer:
     ticket: int
     node: str
     endpoints: types_pb2.Endpoints
-    name: str  # of the call: "Lend", "RenewLoans", "ReturnLoan", "RecallLoan"
+    name: str  # of the call: one of CALLS
     request: Request
 
 

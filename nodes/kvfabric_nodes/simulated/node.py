@@ -18,9 +18,10 @@ from kvfabric.rpc.v1 import control_pb2, types_pb2
 from kvfabric.simulation.engine import Event, Promise, Task
 from kvfabric.simulation.nodes import MANAGER, Ground, Shape, Written
 from kvfabric.types import PROTOCOL_VERSION, Key, NamespaceId, Status
-from kvfabric_nodes.copying.pulls import Outcome, Pulled, PullLimits, Pulls
+from kvfabric_nodes.copying.pulls import Pulled, PullLimits, PullOrder, Pulls
 from kvfabric_nodes.lending.core import Lending
 from kvfabric_nodes.lending.instructions import (
+    CALLS,
     AskCreditors,
     AskPlaces,
     AskReplicas,
@@ -47,12 +48,6 @@ POKE_GAP_S = 0.02  # as in heartbeat.py
 RETRY_S = 0.5
 MIN_WAIT_S = 0.005  # clocks drift: a timer may be a little early
 TIMER_S = 1.0  # ticks come sooner than this
-CALLS = {
-    "Lend": "lend",
-    "RenewLoans": "renew_loans",
-    "ReturnLoan": "return_loan",
-    "RecallLoan": "recall_loan",
-}
 
 
 class SimulatedNode:
@@ -238,7 +233,7 @@ class SimulatedNode:
 
     def _carry_out(self, wanted: Instruction) -> None:
         if isinstance(wanted, Fetch):
-            self._fetch(wanted)
+            self._fetch(wanted.order)
         elif isinstance(wanted, CancelFetch):
             self.puller.cancel("loan", wanted.order_id)
         elif isinstance(wanted, CallPeer):
@@ -250,13 +245,11 @@ class SimulatedNode:
         elif isinstance(wanted, AskReplicas):
             self._begin(self._ask_replicas(wanted))
 
-    def _fetch(self, wanted: Fetch) -> None:
+    def _fetch(self, order: PullOrder) -> None:
         try:
-            self.puller.begin(wanted.order, self._fetched)
+            self.puller.begin(order, self._fetched)
         except FabricError as error:
-            outcomes = dict.fromkeys(wanted.order.keys, Outcome.FAILED)
-            result = Pulled(wanted.order, outcomes, 0, 0.0, str(error))
-            self._simulation.after(0.0, self._fetched, result)
+            self._simulation.after(0.0, self._fetched, Pulled.not_begun(order, str(error)))
 
     def _fetched(self, result: Pulled) -> None:
         if self._stopped:

@@ -17,6 +17,7 @@ from kvfabric.types import Key, NamespaceId, Status
 from kvfabric_nodes.copying.pulls import Outcome, Pulled, PullOrder
 from kvfabric_nodes.lending.core import Lending
 from kvfabric_nodes.lending.instructions import (
+    CALLS,
     AskCreditors,
     AskPlaces,
     AskReplicas,
@@ -34,12 +35,6 @@ from kvfabric_nodes.store.shards import Shard
 from .conftest import SEGMENT_BYTES, SEGMENTS, SHARD_BYTES, Desk
 
 SLOTS = SEGMENTS * SEGMENT_BYTES // SHARD_BYTES
-CALLS = {
-    "Lend": "lend",
-    "RenewLoans": "renew_loans",
-    "ReturnLoan": "return_loan",
-    "RecallLoan": "recall_loan",
-}
 Spot = tuple[int, int, int]  # segment, offset, generation
 
 
