@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
-from tests.faults.conftest import Process, until
+from tests.faults.conftest import until
 from tests.faults.loans.conftest import (
     BLOCK_TOKENS,
     FORMAT,
@@ -19,7 +16,7 @@ from tests.faults.loans.conftest import (
     HOME_BLOCKS,
     LAYERS,
     SPACE,
-    Lenders,
+    lenders,
 )
 
 from kvfabric.attention import oracle
@@ -28,6 +25,8 @@ from kvfabric.attention.merge import Partial
 from kvfabric.errors import Retry
 from kvfabric_client import Client
 from kvfabric_client.attention.answers import Attended
+
+__all__ = ["lenders"]
 
 QUERY_HEADS = 4
 BLOCKS = 3 * HOME_BLOCKS
@@ -95,11 +94,3 @@ class Context:
 def assert_right(answer: Attended, wanted: Partial) -> None:
     assert np.abs(answer.o - wanted.o).max() <= ERROR
     assert np.abs(answer.lse - wanted.lse).max() <= ERROR * 10
-
-
-@pytest.fixture
-def lenders(folder: Path, processes: list[Process]) -> Iterator[Lenders]:
-    lenders = Lenders(folder, processes)
-    yield lenders
-    for client in lenders.clients:
-        client.close()
