@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -56,6 +56,9 @@ class Bulk:
         self.sock.close()
 
 
+Used = TypeVar("Used", Connection, Bulk)
+
+
 class _Session:
     """One session with another node. Thread-safe."""
 
@@ -82,12 +85,7 @@ class _Session:
     @contextlib.contextmanager
     def connection(self, deadline_s: float) -> Iterator[Connection]:
         """Borrows a connection for calls."""
-        with self._lock:
-            connection = self._calls.pop() if self._calls else None
-        if connection is None or not connection.alive():
-            if connection is not None:
-                connection.close()
-            connection = self._join(deadline_s)
+        connection = self._unused(self._calls) or self._join(deadline_s)
         self._begin(connection)
         try:
             yield connection
@@ -103,12 +101,7 @@ class _Session:
     @contextlib.contextmanager
     def bulk(self, deadline_s: float) -> Iterator[Bulk]:
         """Borrows a connection for transfers; after a failure it is not used again."""
-        with self._lock:
-            bulk = self._bulks.pop() if self._bulks else None
-        if bulk is None or not bulk.alive():
-            if bulk is not None:
-                bulk.close()
-            bulk = Bulk(self._join(deadline_s, "bulk"))
+        bulk = self._unused(self._bulks) or Bulk(self._join(deadline_s, "bulk"))
         self._begin(bulk)
         kept = False
         try:
@@ -133,6 +126,15 @@ class _Session:
                 bulk.close()
             for busy in self._busy:
                 busy.interrupt()
+
+    def _unused(self, kept: list[Used]) -> Used | None:
+        """The last that was given back, if it is good."""
+        with self._lock:
+            found = kept.pop() if kept else None
+        if found is None or found.alive():
+            return found
+        found.close()
+        return None
 
     def _begin(self, used: Connection | Bulk) -> None:
         with self._lock:
