@@ -91,6 +91,7 @@ class Sequence(SequenceReads, Closing):
         timeout_s: float | None = None,
     ) -> Attended:
         """Attention of these rows over this sequence, computed by the nodes that have its KV.
+        What lies at a node that computes none comes here, a few blocks at a time.
 
         `queries`: [rows, query heads, head dim], an array or CPU tensor in the KV's dtype
         (bfloat16 also as its bits) or float32. `layer` counts from 0 in this part.

@@ -18,6 +18,7 @@ class Traffic:
     sent_bytes: int = 0
     received_bytes: int = 0
     wire_bytes: int = 0  # all that was moved, with whatever else the frames have
+    fetched_bytes: int = 0  # of KV beside that, from nodes that compute no attention, in float32
     kernel_s: float = 0.0  # of the node that answered last, of each round
     network_s: float = 0.0  # and what its answer took beyond that: waiting for its turn, too
     kernels: set[str] = field(default_factory=set)  # that computed it
@@ -35,6 +36,7 @@ class Attended:
     o: Floats  # [rows, query heads, value dim]
     lse: Floats  # [rows, query heads]
     tokens: dict[str, int]  # by the name of the node that attended them; new ones are in none
+    # "": this process did, as their node computes no attention
     traffic: Traffic  # one for all queries of a batch
     approximate: bool = False  # some visible tokens were left out: those of pages not chosen
     share: float = 1.0  # of the visible tokens at nodes, that were attended

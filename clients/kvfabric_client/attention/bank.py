@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from kvfabric_client.attention.recall import best_of, reduced
 from kvfabric_client.attention.route import HOME
 from kvfabric_client.attention.runs import Runs, joined
 from kvfabric_client.attention.summing import sum_of
-from kvfabric_client.blocks import BlockShape
+from kvfabric_client.blocks import Array, BlockShape
 from kvfabric_client.closing import Closing
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import Sealed
@@ -49,6 +49,11 @@ class BankSource:
 
     def take_cut(self) -> bool:
         return False
+
+    def opened(
+        self, runs: Runs, layer: int, patience: Callable[[], Deadline]
+    ) -> Iterator[tuple[int, Array]]:
+        return iter(())
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         places: list[str | None] = [HOME] * len(indices)

@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from kvfabric.attention.floats import widened
 from kvfabric.attention.masks import within
 from kvfabric.errors import Broken, Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.answers import Best
+from kvfabric_client.attention.fetched import Fetched
 from kvfabric_client.attention.operator import Ask, Call, Item
 from kvfabric_client.attention.parts import Options, Part, items_of, messages_of
 from kvfabric_client.attention.route import Block
@@ -35,6 +39,10 @@ class TopK:
         if not 0 < self.k <= MAX_K:
             raise Refused(f"the best {self.k}; give 1 to {MAX_K}")
         self.found = {part: [[] for _ in range(part.rows)] for part in self.parts}
+
+    @property
+    def layer(self) -> int:
+        return self.options.layer
 
     def items(self) -> list[Item]:
         return items_of(self.parts, self.options, self._max_rows)
@@ -69,6 +77,23 @@ class TopK:
         for (item, row), size in zip(rows, answer.counts, strict=True):
             mine = self.found[self.parts[item.query]][item.first + row]
             mine += [next(pairs) for _ in range(size)]
+
+    def compute(self, ask: Ask, some: Fetched) -> None:
+        """Its pages are whole: what is asked for is, and blocks are."""
+        item, part = ask.item, self.parts[ask.item.query]
+        page = max(1, self.page_tokens)
+        plane = some.values[..., : part.shape.value_dim] if self.values else some.keys
+        means = plane.reshape(len(plane), -1, page, plane.shape[2]).mean(2)
+        rows = widened(part.vectors[item.first : item.first + item.rows], part.dtype)
+        folded = rows.reshape(item.rows, len(plane), -1, rows.shape[2])
+        scores = np.einsum("rhgd,hpd->rhgp", folded, means, optimize=True).max((1, 2))
+        first = some.positions[::page]
+        hi = part.sight(self.options, item.first, item.rows).hi
+        for row, (mine, end) in enumerate(zip(scores, hi.tolist(), strict=True), item.first):
+            seen = first + page <= end
+            pairs = zip(mine[seen].tolist(), first[seen].tolist(), strict=True)
+            found = self.found[part]
+            found[row] = _first([*found[row], *pairs], self.k)
 
     def best(self, part: Part) -> list[Best]:
         """Of each row: the greatest first, of equal ones the earlier token."""

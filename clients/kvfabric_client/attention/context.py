@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from kvfabric.errors import FabricError
+from kvfabric.errors import FabricError, Unsupported
 from kvfabric_client.attention.route import HOME, Block, Route, touched
 from kvfabric_client.attention.runs import Runs, without
 from kvfabric_client.attention.spans import Span, close
-from kvfabric_client.blocks import BlockShape
+from kvfabric_client.blocks import Array, BlockShape
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.link import Link
 
@@ -40,6 +41,12 @@ class Source(Protocol):
     def take_cut(self) -> bool:
         """Whether some blocks are not those that they were when it was asked last."""
 
+    def opened(
+        self, runs: Runs, layer: int, patience: Callable[[], Deadline]
+    ) -> Iterator[tuple[int, Array]]:
+        """What of these tokens is in open blocks: first tokens, and copies of the blocks'
+        numbers, [planes, heads, tokens, dim]. `patience`: for each."""
+
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         """Per block the address of the node that the home names for it; None: it knows none."""
 
@@ -52,6 +59,7 @@ class Context:
         self.route = Route()
         self._known = False
         self._spans: dict[tuple[str, int], Span] = {}
+        self._mute: weakref.WeakKeyDictionary[Link, str] = weakref.WeakKeyDictionary()
 
     @property
     def client(self) -> Client:
@@ -84,8 +92,10 @@ class Context:
         return place if place != HOME else self.source.home
 
     def span(self, place: str, link: Link, value_dim: int, runs: Runs, deadline: Deadline) -> Span:
-        """The span that has these tokens at a node."""
+        """The span that has these tokens at a node. Unsupported where it computes nothing."""
         source = self.source
+        if link in self._mute:
+            raise Unsupported(self._mute[link])
         sequence = source.sequence if place == HOME else 0
         span = self._spans.get((place, value_dim))
         if span is None or span.link is not link or span.sequence != sequence:
@@ -98,8 +108,10 @@ class Context:
             self._spans[place, value_dim] = span
             try:
                 span.ensure([source.blocks[i] for i in touched(source.blocks, missing)], deadline)
-            except FabricError:
+            except FabricError as error:
                 self._drop([(place, value_dim)])  # the node may have extended it all the same
+                if isinstance(error, Unsupported):
+                    self._mute[link] = str(error)  # as long as this session lasts
                 raise
         return span
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from kvfabric.attention.floats import widened
 from kvfabric.attention.merge import Partial, combine
 from kvfabric.errors import Broken
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.answers import Traffic
+from kvfabric_client.attention.fetched import HERE, Fetched
+from kvfabric_client.attention.local import attend_new
 from kvfabric_client.attention.operator import Ask, Call, Item
 from kvfabric_client.attention.parts import Options, Part, items_of, messages_of
 from kvfabric_client.attention.runs import Runs, count, joined, without
@@ -39,6 +42,10 @@ class Attention:
         self.options = options
         self.traffic = traffic
         self.gathered = {part: Gathered() for part in parts}
+
+    @property
+    def layer(self) -> int:
+        return self.options.layer
 
     def items(self) -> list[Item]:
         return items_of(self.parts, self.options, _max_rows)
@@ -80,17 +87,31 @@ class Attention:
         at = 0
         for ask, gap in zip(call.asks, gaps, strict=True):
             end = at + ask.item.rows
-            self._add(ask, Partial(o[at:end], lse[at:end]), node, gap)
+            covered = without(ask.runs, gap) if gap else ask.runs
+            self._add(ask.item, Partial(o[at:end], lse[at:end]), node, covered)
             at = end
         self.traffic.received_bytes += sum(sizes)
         self.traffic.kernels.add(answer.kernel)
 
-    def _add(self, ask: Ask, partial: Partial, node: str, gap: Runs) -> None:
-        gathered, item = self.gathered[self.parts[ask.item.query]], ask.item
+    def compute(self, ask: Ask, some: Fetched) -> None:
+        options, item, part = self.options, ask.item, self.parts[ask.item.query]
+        rows = part.vectors[item.first : item.first + item.rows]
+        partial = attend_new(
+            widened(rows, part.dtype),
+            some.keys,
+            some.values[..., : part.shape.value_dim],
+            some.positions,
+            part.sight(options, item.first, item.rows),
+            options.scale,
+            options.softcap,
+        )
+        self._add(item, partial, HERE, some.runs)
+
+    def _add(self, item: Item, partial: Partial, node: str, covered: Runs) -> None:
+        gathered = self.gathered[self.parts[item.query]]
         before = gathered.partials.get(item)
         gathered.partials[item] = partial if before is None else combine([before, partial])
-        covered = gathered.covered.setdefault(node, [])
-        covered.extend(without(ask.runs, gap) if gap else ask.runs)
+        gathered.covered.setdefault(node, []).extend(covered)
 
     def partial(self, part: Part) -> Partial:
         """All of one part that has come back; rows that saw nothing are empty."""

@@ -25,6 +25,7 @@ from kvfabric.errors import (
 from kvfabric.logs import guest_logger
 from kvfabric_client.attention.answers import Traffic
 from kvfabric_client.attention.context import Context, Search
+from kvfabric_client.attention.fetched import fetched
 from kvfabric_client.attention.operator import Ask, Item, Operator
 from kvfabric_client.attention.route import HOME
 from kvfabric_client.attention.runs import Runs, joined, without
@@ -51,6 +52,7 @@ class Gather:
     traffic: Traffic
     deadline: Deadline
     _searches: dict[Context, Search] = field(default_factory=dict)
+    _unserved: list[Ask] = field(default_factory=list)  # at nodes that compute nothing
     _reopened: set[tuple[Item, str]] = field(default_factory=set)  # whose spans, by place, were
 
     def run(
@@ -72,7 +74,7 @@ class Gather:
 
     def _round(self, items: Sequence[Item], meanwhile: Callable[[], None]) -> None:
         """Afterwards the items want what they were not answered for."""
-        patience = self.deadline.part(PATIENCE)
+        patience = self._patience()
         lanes = self._lanes(items, patience)
         with contextlib.closing(scatter(lanes, patience, self.traffic, meanwhile)) as answers:
             for arrived in answers:
@@ -80,6 +82,7 @@ class Gather:
                     self._failed(arrived, arrived.error)
                 else:
                     self._take(arrived)
+        self._fetch()
 
     # Asking -------------------------------------------------------------------------
 
@@ -101,6 +104,8 @@ class Gather:
                     ask.place, link, self.value_dim, ask.runs, patience
                 )
                 asks.setdefault(link, []).append(ask)
+            except Unsupported:
+                self._unserved.append(ask)
             except Retry as error:
                 self._missed(ask, ask.runs, error)
         deadline_ms = milliseconds(patience.left_s())
@@ -163,6 +168,37 @@ class Gather:
             log.debug("not_attended", address=address, why=str(error), effect="sought elsewhere")
         self._search(ask.item.context).missed(ask.place, runs)
         ask.item.wanted = joined([*ask.item.wanted, *runs])
+
+    # Computing here -----------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        """What nodes have that compute nothing is fetched, once for all that ask for it."""
+        groups: dict[tuple[Context, str], list[Ask]] = {}
+        for ask in self._unserved:
+            groups.setdefault((ask.item.context, ask.place), []).append(ask)
+        self._unserved = []
+        for (context, place), asks in groups.items():
+            self._compute(context, place, asks)
+
+    def _compute(self, context: Context, place: str, asks: Sequence[Ask]) -> None:
+        wanted = joined(run for ask in asks for run in ask.runs)
+        done: Runs = []
+        failure: FabricError | None = None
+        try:
+            for some in fetched(context, place, wanted, self.operator.layer, self._patience):
+                for ask in asks:
+                    if mine := within(ask.runs, some.runs):
+                        self.operator.compute(ask, some.within(mine))
+                done += some.runs
+                self.traffic.fetched_bytes += some.size_bytes
+        except Retry as error:
+            failure = error
+        for ask in asks:
+            if missed := without(ask.runs, joined(done)):
+                self._missed(ask, missed, failure)
+
+    def _patience(self) -> Deadline:
+        return self.deadline.part(PATIENCE)
 
     # Following ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 
 from kvfabric_client.attention.context import Context
+from kvfabric_client.attention.fetched import Fetched
 from kvfabric_client.attention.runs import Runs
 from kvfabric_client.attention.spans import Span
 
@@ -53,11 +54,17 @@ class Operator(Protocol):
     def name(self) -> str:
         """Of the call."""
 
+    @property
+    def layer(self) -> int: ...
+
     def calls(self, asks: Sequence[Ask], deadline_ms: int) -> Iterator[Call]:
         """Cuts what goes to one node into messages within the limits."""
 
     def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
         """An answer; `gaps`: per ask, what it does not cover. Broken where it is none."""
+
+    def compute(self, ask: Ask, some: Fetched) -> None:
+        """What a node would have computed, over these of the tokens that it is asked for."""
 
 
 def packs(asks: Sequence[Ask], max_rows: int, max_asks: int = MAX_QUERIES) -> Iterator[list[Ask]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfabric.errors import Conflict, Refused, Retry
 from kvfabric.logs import guest_logger
 from kvfabric_client.attention.route import HOME
-from kvfabric_client.blocks import BlockShape
+from kvfabric_client.attention.runs import Runs
+from kvfabric_client.blocks import Array, BlockShape
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.outline import Sealed
 from kvfabric_client.sequence_writer import Writer
@@ -48,6 +49,16 @@ class SequenceSource:
 
     def take_cut(self) -> bool:
         return self.writer.outline.take_cut()
+
+    def opened(
+        self, runs: Runs, layer: int, patience: Callable[[], Deadline]
+    ) -> Iterator[tuple[int, Array]]:
+        home, shape = self.writer.home, self.shape
+        for first, end in runs:
+            for piece in self.writer.outline.open_pieces(first, end):
+                inside = shape.look(home.tails.blocks[piece.index])
+                mine = inside[layer, ..., piece.lo : piece.hi, :]
+                yield piece.start, home.within(mine.copy, patience())
 
     def named(self, indices: Sequence[int], deadline: Deadline) -> list[str | None]:
         home, client = self.writer.home, self.writer.room.client

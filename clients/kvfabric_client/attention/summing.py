@@ -14,6 +14,7 @@ from kvfabric.attention.shape import AttentionShape
 from kvfabric.errors import Broken, Refused
 from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.context import Context
+from kvfabric_client.attention.fetched import Fetched
 from kvfabric_client.attention.operator import MAX_OUTPUT_BYTES, Ask, Call, Item, packs, slices
 from kvfabric_client.attention.runs import Runs, joined
 
@@ -97,6 +98,15 @@ class Reduce:
         outputs = np.frombuffer(answer.outputs, np.float32).reshape(-1, *self.outputs.shape[1:])
         for ask, output in zip(call.asks, outputs, strict=True):
             self.outputs[ask.item.query] += output
+
+    def compute(self, ask: Ask, some: Fetched) -> None:
+        item, one = ask.item, self.sums[ask.item.query]
+        tokens = one.tokens[item.first : item.first + item.rows]
+        weights = one.weights[item.first : item.first + item.rows]
+        at = np.minimum(some.positions.searchsorted(tokens), len(some.positions) - 1)
+        mine = some.positions[at] == tokens
+        plane = some.values[..., : self.shape.value_dim] if self.values else some.keys
+        self.outputs[item.query] += np.einsum("t,htd->hd", weights[mine], plane[:, at[mine]])
 
 
 def _runs(tokens: NDArray[np.int64]) -> Runs:

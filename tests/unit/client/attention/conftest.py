@@ -22,13 +22,20 @@ __all__ = ["manager"]
 
 
 @pytest.fixture
-def nodes(start: Start, manager: ManagerServer) -> Nodes:
+def mute() -> tuple[str, ...]:
+    """Names of the nodes that compute no attention."""
+    return ()
+
+
+@pytest.fixture
+def nodes(start: Start, manager: ManagerServer, mute: tuple[str, ...]) -> Nodes:
     """A small home, and two creditors of which none can lend enough alone."""
     given: dict[str, Any] = {"segment": SEGMENT_BYTES, "manager": manager.address}
+    silent = {"attention_threads": 0}
     sizes = {"home": (HOME_BYTES, 0), "east": (8 * HOME_BYTES, HOME_BYTES)}
     sizes["west"] = sizes["east"]
     nodes = {
-        name: start(name, memory=memory, lend=lend, **given)
+        name: start(name, memory=memory, lend=lend, **given, **(silent if name in mute else {}))
         for name, (memory, lend) in sizes.items()
     }
     wait_connected(*nodes.values())
