@@ -28,6 +28,7 @@ from kvfabric.wire import sockets
 from kvfabric.wire.connection import MAX_DESCRIPTORS, Connection
 from kvfabric.wire.frames import MAX_HEADER_BYTES
 from kvfabric_client.ended import Mapping, ended_sessions
+from kvfabric_client.prepared import PreparedConnection
 
 MAX_CALL_CONNECTIONS = 4
 MAX_BULK_CONNECTIONS = 4
@@ -67,13 +68,14 @@ class Link:
         self._releaser: threading.Thread | None = None
         self._owner = Connection(address, deadline_s, self._released)
         try:
-            self.hello = self._greet(self._owner, [], b"", deadline_s)
+            self.hello = self._greet(self._owner, ["shm", "attend"], b"", deadline_s)
         except BaseException:
             self._owner.close()
             raise
         self._calls: list[Connection] = []
         self._call_count = 0
         self._lanes: list[Connection] = []
+        self._attending: list[PreparedConnection] = []
         self._bulks: list[BulkConnection] = []
         self._bulk_count = 0
         self.shares_memory = "shm" in self.hello.features and not bulk_only
@@ -97,6 +99,8 @@ class Link:
                 connection.close()
             for bulk in self._bulks:
                 bulk.close()
+            for prepared in self._attending:
+                prepared.close()
             self._returned.notify_all()
         self._release_soon.set()
         if self._releaser is not None and self._releaser is not threading.current_thread():
@@ -146,6 +150,23 @@ class Link:
                 connection.close()
             else:
                 self._lanes.append(connection)
+
+    def take_prepared(self, deadline_s: float) -> PreparedConnection | None:
+        """A connection for prepared queries, until `give_prepared`; None: the node has none."""
+        if "attend" not in self.hello.features:
+            return None
+        with self._lock:
+            if self._attending:
+                return self._attending.pop()
+        return PreparedConnection(self._join(deadline_s, "attend"))
+
+    def give_prepared(self, connection: PreparedConnection) -> None:
+        with self._lock:
+            spare = len(self._attending) < MAX_IDLE_LANES and not self._owner.closed
+            if spare and connection.usable:
+                self._attending.append(connection)
+            else:
+                connection.close()
 
     def _undo_late(self, connection: Connection) -> None:
         """Gives back what was granted after its caller had given up: nobody knows of it."""

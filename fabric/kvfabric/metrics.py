@@ -160,6 +160,11 @@ NODE_METRICS: tuple[Spec, ...] = (
         "Queries that were attended together with others over the same blocks.",
     ),
     Spec(
+        "kvfabric_node_attends_prepared_total",
+        "counter",
+        "Attends over what was prepared, on connections of their own.",
+    ),
+    Spec(
         "kvfabric_node_attend_gap_tokens_total",
         "counter",
         "Tokens that were to be attended and were not here.",
@@ -167,7 +172,8 @@ NODE_METRICS: tuple[Spec, ...] = (
     Spec(
         "kvfabric_node_attend_refusals_total",
         "counter",
-        "Attends that were not computed; full: too many waited, late: past their deadline.",
+        "Attends that were not computed; full: too many waited, late: past their deadline, busy: "
+        "prepared, while another was computed.",
         ("reason",),
     ),
     Spec(

@@ -45,6 +45,8 @@ class AttentionTally:
     waited_s: float = 0.0
     kernels: Mapping[str, Flow] = field(default_factory=dict)
     refusals: Counter[str] = field(default_factory=Counter)
+    prepared: int = 0  # calls that only C had to do with
+    renew: Callable[[], None] | None = None  # brings in what C has counted
 
 
 @dataclass(slots=True)
@@ -170,6 +172,9 @@ class NodeMetrics:
 
     def _refresh_attention(self) -> None:
         tally = self.attention
+        if tally.renew is not None:
+            tally.renew()
+        self._set("attends_prepared_total", tally.prepared)
         self._set("attended_rows_total", tally.rows)
         self._set("attends_stacked_total", tally.stacked)
         self._set("attends_waited_seconds_total", tally.waited_s)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -31,7 +32,9 @@ from kvfabric_nodes.attention.calls import AttentionCalls
 from kvfabric_nodes.attention.desk import Desk
 from kvfabric_nodes.attention.engine import Engine
 from kvfabric_nodes.attention.kernels.cpu import cpu_kernels
+from kvfabric_nodes.attention.kernels.native import NativeKernel
 from kvfabric_nodes.attention.operator_calls import OperatorCalls
+from kvfabric_nodes.attention.prepared import Preparations
 from kvfabric_nodes.attention.spans import Spans
 from kvfabric_nodes.keeper.keeping import Keeping
 from kvfabric_nodes.metrics import NodeMetrics
@@ -194,14 +197,20 @@ class Node:
     def _offer_attention(
         self, core: NodeCore, handler: Handler, stack: contextlib.AsyncExitStack
     ) -> None:
-        engine = None
-        if self.settings.attention_threads:
-            engine = Engine(self._clock, handler.metrics.attention)
+        engine, preparations, threads = None, None, self.settings.attention_threads
+        tally = handler.metrics.attention
+        kernels = cpu_kernels(threads)
+        if threads and NativeKernel.name in kernels.flows:
+            flow = kernels.flows[NativeKernel.name]
+            preparations = Preparations(core, threads, tally, flow)
+            stack.callback(preparations.close)
+            handler.takers["attend"] = preparations.serve
+        if threads:
+            engine = Engine(self._clock, tally, preparations.turn if preparations else nullcontext)
             stack.push_async_callback(engine.close)
         spans = Spans(core, self.sequences, handler.arena.address)
-        kernels = cpu_kernels(self.settings.attention_threads)
         desk = Desk(handler, spans, engine)
-        self.attention = AttentionCalls(handler, desk, kernels)
+        self.attention = AttentionCalls(handler, desk, kernels, preparations)
         handler.offer({**self.attention.calls(), **OperatorCalls(desk).calls()})
 
     def _introduce(self, neighbours: Neighbours, metrics: NodeMetrics) -> None:

@@ -78,7 +78,7 @@ def test_one_transfer_too_many_is_told_to_come_later(node: NodeProcess) -> None:
         def join() -> None:
             flood.enter_context(Wire(node.tcp, "bulk", space=None, session=owner.hello.session))
 
-        for _ in range(server.MAX_BULK_CONNECTIONS):
+        for _ in range(server.MAX_THREADS):
             join()
         with pytest.raises(Retry, match="64 bulk connections are open; close some"):
             join()

@@ -138,6 +138,18 @@ def ranges_of(query: node_pb2.SpanQuery, otherwise: Sequence[Range]) -> Sequence
     return ranges
 
 
+def ranges_ahead(
+    query: node_pb2.SpanQuery, own: Sequence[Range], *, open_ended: bool
+) -> tuple[list[Range], bool]:
+    """What such a query asks for when it sees further, and whether that has no end: where its
+    ranges, or else its `own`, ended with what it saw."""
+    ranges = list(ranges_of(query, own))
+    ends = bool(ranges) and (ranges[-1][1] == query.visible if query.ranges else open_ended)
+    if ends:
+        ranges[-1] = (ranges[-1][0], MAX_POSITION)
+    return ranges, ends
+
+
 def asked(
     vectors: Array,
     query: node_pb2.SpanQuery,

@@ -7,6 +7,7 @@ engine's thread, and answers.
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,9 @@ from kvfabric_nodes.attention.attending import Attend, compute
 from kvfabric_nodes.attention.desk import Desk, Opened, put_gaps
 from kvfabric_nodes.attention.engine import Task
 from kvfabric_nodes.attention.kernels.choice import Kernels
+from kvfabric_nodes.attention.kernels.native import NativeKernel
+from kvfabric_nodes.attention.pieces import cut
+from kvfabric_nodes.attention.prepared import Preparations
 from kvfabric_nodes.attention.spans import Placed, Span
 from kvfabric_nodes.serving.handler import Call, Handler, checked_keys
 from kvfabric_nodes.store.promises import Session
@@ -28,10 +32,18 @@ from kvfabric_nodes.store.promises import Session
 class AttentionCalls:
     """See the module."""
 
-    def __init__(self, handler: Handler, desk: Desk, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        desk: Desk,
+        kernels: Kernels,
+        preparations: Preparations | None = None,
+    ) -> None:
         self.spans = spans = desk.spans
         self._handler = handler
         self._desk = desk
+        self._kernels = kernels
+        self._preparations = preparations
         self._compute = partial(compute, kernels=kernels)
         handler.metrics.attention.kernels = kernels.flows
         handler.metrics.gauges["spans"] = lambda: spans.count
@@ -103,15 +115,49 @@ class AttentionCalls:
             self._compute,
             request.deadline_ms,
         )
-        return self._answer(task, opened, attend, response)
+        return self._answer(session, request, task, opened, attend, response)
 
     async def _answer(
-        self, task: Task, opened: Opened, attend: Attend, response: node_pb2.AttendResponse
+        self,
+        session: Session,
+        request: node_pb2.AttendRequest,
+        task: Task,
+        opened: Opened,
+        attend: Attend,
+        response: node_pb2.AttendResponse,
     ) -> None:
         await task.computed()
         opened.check()
         _put(response, attend)
+        if request.prepare:
+            response.prepared = self._prepare(session, request, opened, attend)
         self._count(attend)
+
+    def _prepare(
+        self,
+        session: Session,
+        request: node_pb2.AttendRequest,
+        opened: Opened,
+        attend: Attend,
+    ) -> int:
+        """0 where it cannot be: several queries, rows that see differently far, something that is
+        not here, or another kernel than the native one."""
+        query, one = request.queries[0], attend.asked[0]
+        if self._preparations is None or len(attend.asked) > 1 or query.positions:
+            return 0
+        blocks, sequence = opened.ahead(0)
+        ranges, ends = asking.ranges_ahead(
+            query, opened.own(0, query.visible), open_ended=sequence is not None
+        )
+        here = cut(blocks, ranges)
+        whole = replace(attend.options, layer=0)
+        job = asking.work(whole, [one], here.pieces)
+        missing = here.gaps[:-1] if ends else here.gaps
+        if missing or not len(here.pieces) or self._kernels.best(job) != NativeKernel.name:
+            return 0
+        return self._preparations.prepare(
+            session, job, request.window, here.extents, sequence, ends=ends
+        )
 
     def _count(self, attend: Attend) -> None:
         tally = self._handler.metrics.attention

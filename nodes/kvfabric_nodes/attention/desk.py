@@ -39,6 +39,11 @@ class Opened:
         span, sequence = self._found[index]
         return span.ranges if sequence is None else [(0, visible)]
 
+    def ahead(self, index: int) -> tuple[Blocks, OpenSequence | None]:
+        """All that lies here, open blocks in full, and of which sequence."""
+        span, sequence = self._found[index]
+        return self._spans.blocks_ahead(span, sequence), sequence
+
     def check(self) -> None:
         """Conflict where open blocks may have been written anew."""
         for sequence, count in self._cuts:

@@ -7,10 +7,12 @@ task reads is held from its submission until it is computed, whatever becomes of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,9 @@ log = structlog.get_logger(__name__)
 
 MAX_WAITING = 1024
 MAX_TOGETHER = 64
+
+Turn = Callable[[], AbstractContextManager[None]]
+"""While it is open nobody else computes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +65,11 @@ class Task:
 class Engine:
     """All methods on the loop."""
 
-    def __init__(self, clock: Clock, tally: AttentionTally) -> None:
+    def __init__(
+        self, clock: Clock, tally: AttentionTally, turn: Turn = contextlib.nullcontext
+    ) -> None:
         self._clock = clock
+        self._turn = turn
         self._tally = tally
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Task] = deque()
@@ -99,7 +107,8 @@ class Engine:
     def _compute(self, tasks: Sequence[Task]) -> None:
         """Where it fails for several, it may still be possible for each alone."""
         try:
-            tasks[0].compute([task.what for task in tasks])
+            with self._turn():
+                tasks[0].compute([task.what for task in tasks])
         except Exception as error:
             log.exception("attention_failed", tasks=len(tasks))
             if len(tasks) > 1:

@@ -204,6 +204,23 @@ class Spans:
             known.tail, known.whole = tail, joined(known.blocks, blocks_of(tail))
         return known.whole
 
+    def blocks_ahead(self, span: Span, sequence: OpenSequence | None) -> Blocks:
+        """The same with all of the open blocks, whatever of them can be seen."""
+        sealed = (span.known or self._look(span, sequence)).blocks
+        if sequence is None:
+            return sealed
+        full = sequence.shape.block_tokens
+        firsts = range(sequence.sealed, sequence.room, full)
+        return joined(
+            sealed,
+            blocks_of(
+                [
+                    (self._at(tail.extent), first, first + full, tail.extent)
+                    for tail, first in zip(sequence.tails, firsts, strict=True)
+                ]
+            ),
+        )
+
     def _tail(self, sequence: OpenSequence, layer: int) -> list[Row]:
         full, visible = sequence.shape.block_tokens, sequence.visible(layer)
         seen = sequence.tails[: max(0, -(-(visible - sequence.sealed) // full))]

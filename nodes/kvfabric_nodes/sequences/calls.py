@@ -217,6 +217,7 @@ class SequenceCalls:
             data = memoryview(request.payload)
             for view in pieces:
                 view[:], data = data[: len(view)], data[len(view) :]
+        sequence.show(request.first_layer, layers)
         response.length = sequence.length
         response.draining = self._core.draining
 

@@ -216,6 +216,7 @@ class Sequences:
         if not sequence.open:
             return
         sequence.open = False
+        sequence.show_cut()
         for fork in list(sequence.forks.values()):
             self.end(fork, now_s, let_go=let_go)
         self._shed(sequence, 0, let_go=let_go)
@@ -311,6 +312,8 @@ class Sequences:
         assert grant.status in (Status.OK, Status.EXISTS)
         del sequence.tails[0]
         self.sharing.take(sequence, Block(key, tokens))
+        if tokens < sequence.shape.block_tokens:
+            sequence.show_cut()  # what follows it comes to lie elsewhere
         return grant
 
     # Forks --------------------------------------------------------------------------
@@ -387,6 +390,7 @@ class Sequences:
         self.sharing.leave(sequence, cut.blocks, now_s)
         self._shed(sequence, -(-cut.rest // sequence.shape.block_tokens), let_go=True)
         sequence.length, sequence.ahead = tokens, {}
+        sequence.show_cut()
 
     # For lending and the manager -------------------------------------------------------
 
@@ -428,6 +432,7 @@ class Sequences:
         sequence.cuts += bool(sequence.tails)
         self._shed(sequence, 0, let_go=let_go)
         sequence.length, sequence.ahead = sequence.sealed, {}
+        sequence.show_cut()
         self._forget_writer(sequence)
 
     def _forget_writer(self, sequence: OpenSequence) -> None:

@@ -10,6 +10,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvfabric.errors import Conflict, Refused
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.store.extents import Extent
@@ -82,6 +85,7 @@ class OpenSequence:
     calls: int = 0  # under way: such a sequence does not end by itself
     cuts: int = 0  # how often open blocks that were seen may have been written anew
     open: bool = True
+    board: NDArray[np.int64] | None = None  # see `watched`
 
     @property
     def sealed(self) -> int:
@@ -95,6 +99,26 @@ class OpenSequence:
 
     def visible(self, layer: int) -> int:
         return self.ahead.get(layer, self.length)
+
+    def watched(self) -> NDArray[np.int64]:
+        """What of each layer is visible and, behind them, how often that may have become other
+        than it was: for threads that look without asking. `show` and `show_cut` keep it true."""
+        if self.board is None:
+            self.board = np.zeros(self.shape.layers + 1, np.int64)
+            self.show(0, self.shape.layers)
+        return self.board
+
+    def show(self, first_layer: int, layers: int) -> None:
+        """Once the bytes of what is visible in these layers are there."""
+        if self.board is not None:
+            end = first_layer + layers
+            self.board[first_layer:end] = list(map(self.visible, range(first_layer, end)))
+
+    def show_cut(self) -> None:
+        """What was visible is no more, or is something else."""
+        if self.board is not None:
+            self.board[-1] += 1
+            self.show(0, self.shape.layers)
 
     def append(self, start: int, tokens: int, first_layer: int, layers: int) -> None:
         """Tokens from `start` on lie in the open blocks. What is visible already stays so."""
@@ -196,3 +220,5 @@ class OpenSequence:
             assert reservation.session is self.session
             assert tail.index in reservation.items
         assert len({id(tail.extent) for tail in self.tails}) == len(self.tails)
+        if self.board is not None:
+            assert self.board[:-1].tolist() == list(map(self.visible, range(self.shape.layers)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kvfabric import checksums
 from kvfabric.clock import Clock
 from kvfabric.errors import Denied, Refused, Unsupported
 from kvfabric.keys import namespace_id
-from kvfabric.rpc.v1 import node_pb2, types_pb2
+from kvfabric.rpc.v1 import node_pb2, types_pb2, wire_pb2
 from kvfabric.types import (
     DEFAULT_TENANT,
     DIGEST_BYTES,
@@ -59,6 +60,11 @@ of a block, how many, and for how many seconds. True: room came free, so reserve
 
 Call = Callable[[Session, Any, Any], Coroutine[Any, Any, None] | None]
 """Session, request and response; a coroutine where the answer takes a while."""
+
+
+Taker = Callable[[socket.socket, wire_pb2.Frame, Session, Any, str], None]
+"""Serves a connection in a thread of its own, from the answer to its hello on, which it sends
+itself: socket, answer, session, server, and whether it is unix or tcp."""
 
 
 class GuestBook(Protocol):
@@ -108,6 +114,7 @@ class Handler:
         self.guests: GuestBook | None = None
         self.make_room: MakeRoom | None = None
         self.metrics = metrics
+        self.takers: dict[str, Taker] = {}  # of connections, by the feature that asks for it
         self.peer_token = b""  # what other nodes show; empty: nobody is one
         self._verifier = verifier
         self._calls: dict[str, Call] = {

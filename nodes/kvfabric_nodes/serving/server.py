@@ -23,7 +23,7 @@ from kvfabric.errors import Broken, Denied, FabricError, Refused, Retry, to_prot
 from kvfabric.rpc.v1 import wire_pb2
 from kvfabric.wire import frames, sockets
 from kvfabric_nodes.serving.bulk import serve_bulk
-from kvfabric_nodes.serving.handler import Handler
+from kvfabric_nodes.serving.handler import Handler, Taker
 from kvfabric_nodes.store.promises import Session
 
 log = structlog.get_logger(__name__)
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_CONNECTIONS = 1024
-MAX_BULK_CONNECTIONS = 64  # each has a thread
+MAX_THREADS = 64  # of connections that are taken over, as for bulk
 HELLO_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 30.0  # for the rest of a frame that has begun
 MAX_UNSENT_BYTES = 8 << 20  # answers that a client does not fetch
@@ -153,17 +153,19 @@ class CallConnection:
         request = frame.hello_request
         self.server.admit(self.sock)
         handler = self.server.handler
-        offered = frozenset({"shm", "bulk", "unchecked"} if self.is_unix else {"bulk", "unchecked"})
+        takers = self.server.takers
+        offered = frozenset({"unchecked", *takers, *(["shm"] if self.is_unix else [])})
         if request.session:
             peer = self.server.join(request.session)
             if self.peer not in (None, peer):
                 raise Refused("this connection carries another session; open a new one to join")
-            if (self.peer or self._unsent) and "bulk" in request.features:
-                raise Refused("this connection carries calls already; open a new one for bulk")
+            taken = sorted(takers.keys() & set(request.features))
+            if taken and (self.peer or self._unsent):
+                raise Refused(f"this connection carries calls already; open one for {taken[0]}")
             handler.hello(peer.session, request, answer.hello_response, offered)
             answer.hello_response.session = request.session
-            if "bulk" in request.features:
-                self.server.to_thread(self, peer, answer)
+            if taken:
+                self.server.to_thread(self, peer, answer, takers[taken[0]])
                 return
             peer.connections.add(self)
             self.peer = peer
@@ -312,6 +314,7 @@ class WireServer:
         self._threads: set[threading.Thread] = set()
         self._threads_ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self.takers: dict[str, Taker] = {"bulk": serve_bulk, **handler.takers}
 
     def listen(self, sock: socket.socket) -> None:
         """Serves connections of a bound socket."""
@@ -365,16 +368,18 @@ class WireServer:
             raise Refused("no such session; it ended with its first connection. Connect anew")
         return peer
 
-    def to_thread(self, connection: CallConnection, peer: Peer, answer: wire_pb2.Frame) -> None:
-        """Hands a bulk connection to a thread of its own, which also sends the answer."""
-        if len(self._threads) >= MAX_BULK_CONNECTIONS:
-            raise Retry(f"{MAX_BULK_CONNECTIONS} bulk connections are open; close some")
+    def to_thread(
+        self, connection: CallConnection, peer: Peer, answer: wire_pb2.Frame, taker: Taker
+    ) -> None:
+        """Hands a connection to a thread of its own, which also sends the answer."""
+        if len(self._threads) >= MAX_THREADS:
+            raise Retry(f"{MAX_THREADS} connections have threads; close some")
         sock = connection.sock
         kind = "unix" if connection.is_unix else "tcp"
 
         def serve() -> None:
             try:
-                serve_bulk(sock, answer, peer.session, self, kind)
+                taker(sock, answer, peer.session, self, kind)
             finally:
                 with contextlib.suppress(RuntimeError):  # the loop has ended: nothing to tell
                     self._loop.call_soon_threadsafe(ended)
@@ -386,11 +391,11 @@ class WireServer:
             sock.close()
             self._left(peer, sock)
 
-        thread = threading.Thread(target=serve, name="kvfabric-bulk", daemon=True)
+        thread = threading.Thread(target=serve, name="kvfabric-connection", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
-            raise Retry(f"{error}; close bulk connections, or raise `ulimit -u`") from error
+            raise Retry(f"{error}; close connections, or raise `ulimit -u`") from error
         self._threads.add(thread)
         self._threads_ended.clear()
         connection.detach()

@@ -63,6 +63,8 @@ class NodeCore:
         # Told of every shard that is sealed here, and of every one that goes, with the reason.
         self.on_sealed: list[Callable[[Shard, float], None]] = []
         self.on_dropped: list[Callable[[Shard, str, float], None]] = []
+        # Before bytes may be used for something else: whoever reads them begins a reading.
+        self.on_freeing: list[Callable[[Extent], None]] = []
         # Told of every shard that is pinned or unpinned.
         self.on_pinned: list[Callable[[Shard], None]] = []
         # Told before extents are handed out to be written.
@@ -722,6 +724,8 @@ class NodeCore:
 
     def _free(self, extent: Extent) -> None:
         """Nobody's any more; what somebody still reads is quarantined meanwhile."""
+        for told in self.on_freeing:
+            told(extent)
         if not extent.holders:
             self.extents.free(extent)
             return

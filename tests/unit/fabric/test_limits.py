@@ -30,7 +30,7 @@ SEQUENCES = SequenceLimits()
         ("reasons in one answer; further refused keys have none", f"{handler.MAX_REASONS}"),
         (
             "connections, of these for bulk",
-            f"{server.MAX_CONNECTIONS:,} and {server.MAX_BULK_CONNECTIONS}",
+            f"{server.MAX_CONNECTIONS:,} and {server.MAX_THREADS}",
         ),
         ("gRPC sessions", f"{grpc_service.MAX_SESSIONS:,}"),
         ("from a connection to its Hello", f"{server.HELLO_TIMEOUT_S:.0f} s"),

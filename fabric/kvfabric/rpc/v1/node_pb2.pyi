@@ -1953,6 +1953,7 @@ class AttendRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
+    PREPARE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """counted in the block, from 0"""
     query_heads: _builtins.int
@@ -1971,6 +1972,8 @@ class AttendRequest(_message.Message):
     """an answer that would come later is not computed"""
     vectors: _builtins.bytes
     """[rows of all queries, query heads, key dim]; at most 512 KiB"""
+    prepare: _builtins.bool
+    """its one query, without positions, is going to be asked again"""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanQuery]: ...
     def __init__(
@@ -1986,10 +1989,11 @@ class AttendRequest(_message.Message):
         deadline_ms: _builtins.int = ...,
         queries: _abc.Iterable[Global___SpanQuery] | None = ...,
         vectors: _builtins.bytes = ...,
+        prepare: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dtype", b"dtype", "layer", b"layer", "queries", b"queries", "query_heads", b"query_heads", "scale", b"scale", "sinks", b"sinks", "softcap", b"softcap", "vectors", b"vectors", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dtype", b"dtype", "layer", b"layer", "prepare", b"prepare", "queries", b"queries", "query_heads", b"query_heads", "scale", b"scale", "sinks", b"sinks", "softcap", b"softcap", "vectors", b"vectors", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2007,6 +2011,7 @@ class AttendResponse(_message.Message):
     KERNEL_US_FIELD_NUMBER: _builtins.int
     STACKED_FIELD_NUMBER: _builtins.int
     READ_BYTES_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
     outputs: _builtins.bytes
     """float32 [rows, query heads, value dim]"""
     lse: _builtins.bytes
@@ -2018,6 +2023,8 @@ class AttendResponse(_message.Message):
     """queries that shared its kernel calls, those of other requests too"""
     read_bytes: _builtins.int
     """of KV, in these kernel calls"""
+    prepared: _builtins.int
+    """the number of what was prepared; 0: nothing was"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """per query: attended here"""
@@ -2035,10 +2042,11 @@ class AttendResponse(_message.Message):
         kernel_us: _builtins.int = ...,
         stacked: _builtins.int = ...,
         read_bytes: _builtins.int = ...,
+        prepared: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "kernel", b"kernel", "kernel_us", b"kernel_us", "lse", b"lse", "outputs", b"outputs", "read_bytes", b"read_bytes", "stacked", b"stacked", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "kernel", b"kernel", "kernel_us", b"kernel_us", "lse", b"lse", "outputs", b"outputs", "prepared", b"prepared", "read_bytes", b"read_bytes", "stacked", b"stacked", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,12 +55,21 @@ class Choice:
         fewest = min(records, key=lambda name: records[name].runs)
         if records[fewest].runs <= TRIES:  # in turns: what slows the machine meets all of them
             return fewest
-        best = max(records, key=lambda name: records[name].rate)
+        best = self.best(kind, names)
         for name, record in records.items():
             slower = records[best].rate / record.rate
             if name != best and known.works - record.at > LOOK_AGAIN * slower:
                 return name
         return best
+
+    def best(self, kind: Hashable, names: Sequence[str]) -> str:
+        """The fastest of these; "" while some are still being tried."""
+        records = self._class(kind).records
+        if len(names) == 1:
+            return names[0]
+        if any(name not in records or records[name].runs <= TRIES for name in names):
+            return ""
+        return max(names, key=lambda name: records[name].rate)
 
     def note(self, kind: Hashable, name: str, rate: float) -> None:
         known = self._class(kind)
@@ -111,8 +120,16 @@ class Kernels:
         self._choice = Choice()
         self.flows = {kernel.name: Flow() for kernel in (*measured, otherwise)}  # what each read
 
+    def best(self, work: Work) -> str:
+        """The kernel that is taken for such works; "" while some are still being tried."""
+        able = self._able(work)
+        return self._choice.best(kind_of(work, work.read_bytes), able) if able else ""
+
+    def _able(self, work: Work) -> list[str]:
+        return [name for name, kernel in self._measured.items() if not kernel.refuses(work)]
+
     def attend(self, work: Work) -> Computed:
-        able = [name for name, kernel in self._measured.items() if not kernel.refuses(work)]
+        able = self._able(work)
         read_bytes = work.read_bytes
         kind = kind_of(work, read_bytes)
         kernel = self._measured[self._choice.pick(kind, able)] if able else self._otherwise

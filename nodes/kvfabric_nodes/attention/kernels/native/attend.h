@@ -23,6 +23,7 @@ typedef struct {
     const int64_t *values; /* likewise; may be the same memory (MLA) */
     const int32_t *tokens; /* in a piece */
     const int64_t *first;  /* position of its first token */
+    int64_t offset;        /* added to all of these addresses: of a layer, say */
     int64_t key_token_bytes, key_head_bytes, value_token_bytes, value_head_bytes; /* strides */
     int64_t rows;
     const void *q;          /* [rows, heads, key_dim] */

@@ -79,12 +79,13 @@ static void take_run(cursor *at, tile *t, int count) {
     const attend_call *call = pl->call;
     int64_t piece = pl->piece[at->index], from = at->token - pl->before[at->index];
     int64_t head = at->group / pl->groups_per_head;
-    const char *key = (const char *)(intptr_t)call->keys[piece] + head * call->key_head_bytes;
-    const char *value = (const char *)(intptr_t)call->values[piece] + head * call->value_head_bytes;
+    const char *key = (const char *)(intptr_t)(call->keys[piece] + call->offset);
+    const char *value = (const char *)(intptr_t)(call->values[piece] + call->offset);
     int64_t first = call->first[piece] + from, key_step = call->key_token_bytes;
     int64_t value_step = call->value_token_bytes;
     const int at_token = t->tokens;
-    key += from * key_step, value += from * value_step;
+    key += head * call->key_head_bytes + from * key_step;
+    value += head * call->value_head_bytes + from * value_step;
     /* One loop each: the compiler makes vectors of them. */
     for (int i = 0; i < count; i++) t->key[at_token + i] = key + i * key_step;
     for (int i = 0; i < count; i++) t->value[at_token + i] = value + i * value_step;
