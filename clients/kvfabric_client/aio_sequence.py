@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from kvfabric_client.attention.bank import Bank
 from kvfabric_client.blocks import Array
@@ -24,12 +24,10 @@ Run = Callable[..., Coroutine[Any, Any, Any]]
 """Runs one synchronous call in a thread of the client."""
 
 
-class _Wraps(Protocol[S_co]):
-    @property
-    def sync(self) -> S_co: ...
-
-    @property
-    def run(self) -> Run: ...
+class _Wraps(Generic[S_co]):
+    def __init__(self, sync: S_co, run: Run) -> None:
+        self.sync = sync
+        self.run = run
 
 
 def _as_coroutine(
@@ -43,12 +41,8 @@ def _as_coroutine(
     return call
 
 
-class AsyncSequence(AsyncClosing):
+class AsyncSequence(_Wraps[Sequence], AsyncClosing):
     """See `Sequence`. Its views are quick and synchronous; use them in a `with` statement."""
-
-    def __init__(self, sequence: Sequence, run: Run) -> None:
-        self.sync = sequence
-        self.run = run
 
     append = _as_coroutine(Sequence.append)
     seal = _as_coroutine(Sequence.seal)
@@ -102,12 +96,8 @@ class AsyncSequence(AsyncClosing):
             yield piece
 
 
-class AsyncGroup(AsyncClosing):
+class AsyncGroup(_Wraps[Group], AsyncClosing):
     """See `Group`."""
-
-    def __init__(self, group: Group, run: Run) -> None:
-        self.sync = group
-        self.run = run
 
     close = _as_coroutine(Group.close)
 
@@ -116,12 +106,8 @@ class AsyncGroup(AsyncClosing):
         return self.sync.shared
 
 
-class AsyncState:
+class AsyncState(_Wraps[State]):
     """See `State`."""
-
-    def __init__(self, state: State, run: Run) -> None:
-        self.sync = state
-        self.run = run
 
     version = _as_coroutine(State.version)
     get = _as_coroutine(State.get)
@@ -130,12 +116,8 @@ class AsyncState:
     update = _as_coroutine(State.update)
 
 
-class AsyncBank:
+class AsyncBank(_Wraps[Bank]):
     """See `Bank`."""
-
-    def __init__(self, bank: Bank, run: Run) -> None:
-        self.sync = bank
-        self.run = run
 
     top_k = _as_coroutine(Bank.top_k)
     reduce = _as_coroutine(Bank.reduce)
