@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.demos import demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
 
 def test_a_model_decodes_from_three_nodes_and_keeps_an_eighth_of_its_kv(tmp_path: Path) -> None:
-    result = tmp_path / "attention.json"
+    said, _ = demo("attention", tmp_path, 480, "--tokens", "3072", "--answer", "4")
 
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "kvfabric_client.cli.main", "demo", "attention"),
-            *("--tokens", "3072", "--answer", "4", "--json", str(result)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=480,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(result.read_text())
     assert said["failure"] == ""
     assert said["tokens"] == said["plain_tokens"]
     assert len(said["tokens"]) >= 9
