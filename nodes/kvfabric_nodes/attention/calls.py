@@ -43,7 +43,7 @@ class AttentionCalls:
         self._handler = handler
         self._desk = desk
         self._kernels = kernels
-        self._preparations = preparations
+        self.preparations = preparations
         self._compute = partial(compute, kernels=kernels)
         handler.metrics.attention.kernels = kernels.flows
         handler.metrics.gauges["spans"] = lambda: spans.count
@@ -143,7 +143,7 @@ class AttentionCalls:
         """0 where it cannot be: several queries, rows that see differently far, something that is
         not here, or another kernel than the native one."""
         query, one = request.queries[0], attend.asked[0]
-        if self._preparations is None or len(attend.asked) > 1 or query.positions:
+        if self.preparations is None or len(attend.asked) > 1 or query.positions:
             return 0
         blocks, sequence = opened.ahead(0)
         ranges, ends = asking.ranges_ahead(
@@ -155,7 +155,7 @@ class AttentionCalls:
         missing = here.gaps[:-1] if ends else here.gaps
         if missing or not len(here.pieces) or self._kernels.best(job) != NativeKernel.name:
             return 0
-        return self._preparations.prepare(
+        return self.preparations.prepare(
             session, job, request.window, here.extents, sequence, ends=ends
         )
 
