@@ -26,7 +26,7 @@ from kvfabric.logs import guest_logger
 from kvfabric_client.attention.answers import Traffic
 from kvfabric_client.attention.context import Context, Search
 from kvfabric_client.attention.fetched import fetched
-from kvfabric_client.attention.operator import Ask, Item, Operator
+from kvfabric_client.attention.operator import MAX_RUNS, Ask, Item, Operator
 from kvfabric_client.attention.route import HOME
 from kvfabric_client.attention.runs import Runs, joined, without
 from kvfabric_client.attention.scatter import Arrived, Lane, scatter
@@ -89,9 +89,10 @@ class Gather:
     def _lanes(self, items: Sequence[Item], patience: Deadline) -> list[Lane]:
         """What goes to whom. The items want nothing more then, but what could not be asked."""
         planned = [
-            Ask(item, place, runs)
+            Ask(item, place, runs[at : at + MAX_RUNS])
             for item in items
             for place, runs in item.context.plan(item.wanted).items()
+            for at in range(0, len(runs), MAX_RUNS)
         ]
         for item in items:
             item.wanted = []

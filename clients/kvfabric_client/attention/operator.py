@@ -16,6 +16,8 @@ from kvfabric_client.attention.spans import Span
 MAX_QUERIES = 1024  # of a call
 MAX_VECTOR_BYTES = 512 << 10
 MAX_OUTPUT_BYTES = 960 << 10
+MAX_ROWS = 65536  # each may have a position
+MAX_RUNS = 3072  # of tokens that are asked for: all may be gaps, which share a frame with outputs
 
 
 @dataclass(slots=True, eq=False)
@@ -68,16 +70,16 @@ class Operator(Protocol):
 
 
 def packs(asks: Sequence[Ask], max_rows: int, max_asks: int = MAX_QUERIES) -> Iterator[list[Ask]]:
-    """Cuts asks into messages of at most so many rows, and so many asks."""
+    """Cuts asks into messages of at most so many rows, so many asks, and MAX_RUNS."""
     max_asks = min(max_asks, MAX_QUERIES)
     some: list[Ask] = []
-    rows = 0
+    rows = runs = 0
     for ask in asks:
-        if some and (rows + ask.item.rows > max_rows or len(some) >= max_asks):
+        rows, runs = rows + ask.item.rows, runs + len(ask.runs)
+        if some and (rows > max_rows or runs > MAX_RUNS or len(some) >= max_asks):
             yield some
-            some, rows = [], 0
+            some, rows, runs = [], ask.item.rows, len(ask.runs)
         some.append(ask)
-        rows += ask.item.rows
     if some:
         yield some
 

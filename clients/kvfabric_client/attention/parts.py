@@ -14,6 +14,7 @@ from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.context import Context
 from kvfabric_client.attention.operator import (
     MAX_OUTPUT_BYTES,
+    MAX_ROWS,
     MAX_VECTOR_BYTES,
     Ask,
     Item,
@@ -63,7 +64,8 @@ class Part:
     def max_rows(self, row_bytes: int) -> int:
         """Of a message, where each row's answer has so many bytes."""
         vector_bytes = self.vectors.itemsize * self.heads * self.vectors.shape[2]
-        return max(1, int(min(MAX_VECTOR_BYTES // vector_bytes, MAX_OUTPUT_BYTES // row_bytes)))
+        most = min(MAX_VECTOR_BYTES // vector_bytes, MAX_OUTPUT_BYTES // row_bytes, MAX_ROWS)
+        return max(1, int(most))
 
     def sight(self, options: Options, first: int, rows: int) -> Sight:
         at = self.positions[first : first + rows]

@@ -325,3 +325,29 @@ def test_tokens_that_are_not_there_are_missing(room: Room) -> None:
         with pytest.raises(Missing) as missing:
             sequence.attend(random_queries(1, 4, 32), layer=0, visible=24)
         assert missing.value.ranges == [range(20, 24)]
+
+
+def test_token_sets_of_more_ranges_than_a_message_holds(room: Room) -> None:
+    """Every other one of very many tokens."""
+    form = Format("float16", block_tokens=1024, layers=1, kv_heads=1, head_dim=1)
+    with room.sequence(form) as sequence:
+        kv = random_kv(sequence.shape, 440_000)
+        fill(sequence, kv)
+        only = [range(t, t + 1) for t in range(0, 440_000, 2)]
+        queries = random_queries(2, 2, 1)
+        got = sequence.attend(queries, layer=0, tokens=only, timeout_s=60)
+        kept = kv[..., ::2, :]
+        check(got, expected(sequence.shape, kept, 0, queries))
+        assert got.tokens == {sequence.node: 220_000}
+
+
+def test_queries_with_more_ranges_than_a_message_holds(room: Room) -> None:
+    with room.sequence(FORM) as sequence:
+        kv = random_kv(sequence.shape, 7000)
+        fill(sequence, kv)
+        only = [range(t, t + 1) for t in range(0, 7000, 2)]
+        queries = random_queries(80, 4, 32)
+        asked = [Query(sequence, queries[i : i + 1], tokens=only) for i in range(80)]
+        whole = expected(sequence.shape, kv[..., ::2, :], 0, queries)
+        for i, answer in enumerate(attend_batch(asked, layer=0, timeout_s=60)):
+            check(answer, Partial(whole.o[i : i + 1], whole.lse[i : i + 1]))
