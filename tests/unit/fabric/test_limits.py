@@ -29,7 +29,7 @@ SEQUENCES = SequenceLimits()
         ("segments of one `map_request`", f"{server.MAX_MAP_SEGMENTS}"),
         ("reasons in one answer; further refused keys have none", f"{handler.MAX_REASONS}"),
         (
-            "connections, of these for bulk",
+            "connections, of these with a thread: for bulk, for prepared queries",
             f"{server.MAX_CONNECTIONS:,} and {server.MAX_THREADS}",
         ),
         ("gRPC sessions", f"{grpc_service.MAX_SESSIONS:,}"),
