@@ -79,9 +79,10 @@ class Asked:
     local: Partial | None = None  # the engine's own
 
 
-def ask(query: Query, layer: int, value_dim: int, deadline: Deadline) -> Asked:
-    """Makes a query ready. Its sequences are held by the caller."""
-    sequences = query.sequences
+def ask(
+    query: Query, sequences: Sequence[Any], layer: int, value_dim: int, deadline: Deadline
+) -> Asked:
+    """Makes a query over these sequences ready, which are held by the caller."""
     shapes = [shape_for(sequence.shape, value_dim) for sequence in sequences]
     reached = min(_reached(sequence.writer, layer) for sequence in sequences)
     for sequence in sequences:
@@ -97,7 +98,7 @@ def ask(query: Query, layer: int, value_dim: int, deadline: Deadline) -> Asked:
         at = visible + np.arange(len(ids))
     runs = token_runs(query.tokens, visible)
     asked = Asked(query)
-    heads = heads_of(sequences, vectors.shape[1])
+    heads = heads_of(tuple(sequence.shape for sequence in sequences), vectors.shape[1])
     for sequence, shape, mine in zip(sequences, shapes, heads, strict=True):
         sequence.context.begin(deadline)
         rows = np.ascontiguousarray(vectors[:, mine])

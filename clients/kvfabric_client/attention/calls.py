@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,7 @@ from kvfabric_client.attention.queries import Query, scale_of, shape_for
 from kvfabric_client.attention.runs import Runs, count, joined
 from kvfabric_client.attention.sparse import choose
 from kvfabric_client.deadline import Deadline
-from kvfabric_client.sequence_reads import Missing
+from kvfabric_client.sequence_reads import Missing, SequenceReads
 
 
 def attend_batch(
@@ -42,14 +41,19 @@ def attend_batch(
     """
     if not queries:
         return []
-    writers = [id(one) for query in queries if query.new is not None for one in query.sequences]
+    over = [query.sequences for query in queries]
+    some = over[0][0]
+    writers = [id(s) for query, own in zip(queries, over, strict=True) if query.new for s in own]
     if len(writers) > len(set(writers)):
         raise Refused("new tokens of one sequence in two queries; give them in one")
-    deadline = queries[0].sequences[0].writer.room.client.deadline(timeout_s)
-    with _held(queries, deadline):
-        shape = shape_for(queries[0].sequences[0].shape, value_dim)
+    deadline = some.writer.room.client.deadline(timeout_s)
+    with _held(over, deadline):
+        shape = shape_for(some.shape, value_dim)
         options = Options(layer, scale_of(scale, shape), softcap, window, sinks)
-        asked = [ask(query, layer, value_dim, deadline) for query in queries]
+        asked = [
+            ask(query, own, layer, value_dim, deadline)
+            for query, own in zip(queries, over, strict=True)
+        ]
         return _Call(asked, options, value_dim, deadline).run(pages)
 
 
@@ -103,13 +107,14 @@ class _Call:
             heads = [combine(pair) for pair in zip(heads, news, strict=True)]
         whole = _beside(heads)
         merged = merge([whole, one.local] if one.local is not None else [whole])
-        tokens: Counter[str] = Counter()
+        tokens: dict[str, int] = {}
         for part in one.parts:
-            tokens.update(attention.gathered[part].tokens)
+            for node, attended in attention.gathered[part].tokens.items():
+                tokens[node] = tokens.get(node, 0) + attended
         could = sum(visible[part] for part in one.parts)
         did = sum(count(part.tokens) for part in one.parts)
         share = did / could if could else 1.0
-        return Attended(merged.o, merged.lse, dict(tokens), self.traffic, did < could, share)
+        return Attended(merged.o, merged.lse, tokens, self.traffic, did < could, share)
 
 
 def _beside(heads: Sequence[Partial]) -> Partial:
@@ -122,11 +127,14 @@ def _beside(heads: Sequence[Partial]) -> Partial:
     )
 
 
-@contextlib.contextmanager
-def _held(queries: Sequence[Query], deadline: Deadline) -> Iterator[None]:
+def _held(
+    over: Sequence[Sequence[SequenceReads]], deadline: Deadline
+) -> contextlib.AbstractContextManager[object]:
     """Every sequence, for this thread alone; in one order, so that nobody waits for ever."""
-    sequences = {id(s): s for query in queries for s in query.sequences}
+    if len(over) == len(over[0]) == 1:
+        return over[0][0].using(deadline.left_s())
+    sequences = {id(sequence): sequence for own in over for sequence in own}
     with contextlib.ExitStack() as stack:
         for _, sequence in sorted(sequences.items()):
             stack.enter_context(sequence.using(deadline.left_s()))
-        yield
+        return stack.pop_all()

@@ -115,9 +115,14 @@ class Attention:
 
     def partial(self, part: Part) -> Partial:
         """All of one part that has come back; rows that saw nothing are empty."""
+        came = self.gathered[part].partials
+        if len(came) == 1:
+            ((item, whole),) = came.items()
+            if item.rows == part.rows:
+                return whole
         o = np.zeros((part.rows, part.heads, part.shape.value_dim), np.float32)
         lse = np.full((part.rows, part.heads), -np.inf, np.float32)
-        for item, partial in self.gathered[part].partials.items():
+        for item, partial in came.items():
             o[item.first : item.first + item.rows] = partial.o
             lse[item.first : item.first + item.rows] = partial.lse
         return Partial(o, lse)

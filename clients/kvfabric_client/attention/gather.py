@@ -6,7 +6,6 @@ asked of a node that does not answer in its part of the time, is looked for anew
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,13 +74,7 @@ class Gather:
     def _round(self, items: Sequence[Item], meanwhile: Callable[[], None]) -> None:
         """Afterwards the items want what they were not answered for."""
         patience = self._patience()
-        lanes = self._lanes(items, patience)
-        with contextlib.closing(scatter(lanes, patience, self.traffic, meanwhile)) as answers:
-            for arrived in answers:
-                if arrived.error is not None:
-                    self._failed(arrived, arrived.error)
-                else:
-                    self._take(arrived)
+        scatter(self._lanes(items, patience), patience, self.traffic, meanwhile, self._take)
         self._fetch()
 
     # Asking -------------------------------------------------------------------------
@@ -129,15 +122,11 @@ class Gather:
     # Answers ------------------------------------------------------------------------
 
     def _take(self, arrived: Arrived) -> None:
+        if arrived.error is not None:
+            self._failed(arrived, arrived.error)
+            return
         asks = arrived.call.asks
-        found: list[Runs] = [[] for _ in asks]
-        for gap in arrived.answer.gaps:
-            if gap.query >= len(asks):
-                raise Broken(
-                    f"node {arrived.link.node} tells of gaps in a query that it was not asked"
-                )
-            found[gap.query].append((gap.first_token, gap.end_token))
-        gaps = [within(ask.runs, joined(runs)) for ask, runs in zip(asks, found, strict=True)]
+        gaps = _gaps(asks, arrived) if arrived.answer.gaps else [[]] * len(asks)
         self.operator.take(arrived.call, arrived.answer, arrived.link.node, gaps)
         for ask, runs in zip(asks, gaps, strict=True):
             if runs:
@@ -223,3 +212,13 @@ class Gather:
         if context not in self._searches:
             self._searches[context] = Search(context)
         return self._searches[context]
+
+
+def _gaps(asks: Sequence[Ask], arrived: Arrived) -> list[Runs]:
+    """Of what was asked, what the node does not have."""
+    found: list[Runs] = [[] for _ in asks]
+    for gap in arrived.answer.gaps:
+        if gap.query >= len(asks):
+            raise Broken(f"node {arrived.link.node} tells of gaps in a query that it was not asked")
+        found[gap.query].append((gap.first_token, gap.end_token))
+    return [within(ask.runs, joined(runs)) for ask, runs in zip(asks, found, strict=True)]

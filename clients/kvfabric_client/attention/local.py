@@ -23,6 +23,8 @@ def attend_new(
     """`queries` [rows, query heads, dim], `keys` and `values` [KV heads, tokens, dim], as they are
     appended; `positions` [tokens]. A row that sees nothing has o = 0 and lse = -inf."""
     rows, heads, _ = queries.shape
+    if rows == len(positions) == 1 and sight.sees(0, int(positions[0])):
+        return _of_one(queries, keys, values, scale, softcap)
     step = max(1, LOGIT_BYTES // (4 * heads * max(1, len(positions))))
     parts = [
         _some(
@@ -43,6 +45,24 @@ def attend_new(
     )
 
 
+def _of_one(queries: Floats, keys: Floats, values: Floats, scale: float, softcap: float) -> Partial:
+    """Of one row over the one token that it sees, as in every step of a decode: all weight is on
+    its value."""
+    group = queries.shape[1] // len(keys)
+    logits = _logits(queries.reshape(len(keys), group, -1), keys, scale, softcap).reshape(1, -1)
+    o = np.repeat(values.transpose(1, 0, 2), group, axis=1)
+    return Partial(o + (0 * logits)[..., None], logits)  # a logit that is no number leaves none
+
+
+def _logits(folded: Floats, keys: Floats, scale: float, softcap: float) -> Floats:
+    """Of rows [KV heads, rows, dim]: [KV heads, rows, tokens]."""
+    logits: Floats = folded @ keys.transpose(0, 2, 1)
+    logits *= np.float32(scale)
+    if softcap:
+        logits = np.float32(softcap) * np.tanh(logits / np.float32(softcap))
+    return logits
+
+
 @np.errstate(divide="ignore", invalid="ignore")  # log 0: nothing was seen; keys that are no number
 def _some(
     queries: Floats,
@@ -56,10 +76,7 @@ def _some(
     rows, heads, dim = queries.shape
     group = heads // len(keys)
     folded = queries.reshape(rows, len(keys), group, dim).transpose(1, 0, 2, 3)
-    logits = folded.reshape(len(keys), rows * group, dim) @ keys.transpose(0, 2, 1)
-    logits *= np.float32(scale)
-    if softcap:
-        logits = np.float32(softcap) * np.tanh(logits / np.float32(softcap))
+    logits = _logits(folded.reshape(len(keys), rows * group, dim), keys, scale, softcap)
     hidden: NDArray[np.bool_] = (positions >= sight.hi[:, None]) | (
         (positions < sight.lo[:, None]) & (positions >= sight.sinks)
     )

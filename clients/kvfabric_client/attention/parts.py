@@ -71,6 +71,12 @@ class Part:
         at = self.positions[first : first + rows]
         return sight(rows, at, self.visible, options.window, options.sinks)
 
+    def seen(self, options: Options, first: int, rows: int) -> Runs:
+        """What of its tokens these rows see at most."""
+        if not len(self.positions) and not options.window:
+            return self.tokens
+        return within(self.tokens, seen(self.sight(options, first, rows)))
+
     def rows_of(self, ask: Ask) -> memoryview:
         item = ask.item
         return self.vectors[item.first : item.first + item.rows].data
@@ -99,7 +105,7 @@ def items_of(
         Item(part.context, number, first, rows, wanted)
         for number, part in enumerate(parts)
         for first, rows in slices(part.rows, max_rows(part))
-        if (wanted := within(part.tokens, seen(part.sight(options, first, rows))))
+        if (wanted := part.seen(options, first, rows))
     ]
 
 

@@ -23,6 +23,9 @@ from kvfabric_client.blocks import Array, BlockShape, strided_tensor
 if TYPE_CHECKING:
     from kvfabric_client.sequence import Sequence
 
+_NAMES = {np.dtype(stored): name for name, stored in STORED.items()}
+_NOWHERE = np.empty(0, np.int64)
+
 New = tuple[Any, Any, Any]
 """Token ids, keys and values [KV heads, tokens, head dim]; of MLA latents and None."""
 
@@ -47,8 +50,9 @@ class Query:
     def sequences(self) -> list[Sequence]:
         """By their first head."""
         given = self.sequence
-        several = list(given) if isinstance(given, abc.Sequence) else [given]
-        return sorted(several, key=lambda sequence: sequence.shape.first_head)
+        if not isinstance(given, abc.Sequence):
+            return [given]
+        return sorted(given, key=lambda sequence: sequence.shape.first_head)
 
 
 @lru_cache(maxsize=256)
@@ -66,11 +70,11 @@ def vectors_of(given: Any, shape: AttentionShape, *, values: bool = False) -> tu
     [rows, query heads, dim] in float32 or in the KV's dtype; `values`: compared with these."""
     dim = shape.value_dim if values else shape.key_dim
     array = strided_tensor(given) if hasattr(given, "data_ptr") else np.asarray(given)
-    dtype = array.dtype.name
-    if dtype == "uint16" and shape.dtype == "bfloat16":
-        dtype = "bfloat16"
+    dtype = _NAMES.get(array.dtype) or array.dtype.name
     if dtype not in ("float32", shape.dtype):
-        raise Refused(f"queries of {dtype} over KV of {shape.dtype}; give either that or float32")
+        raise Refused(
+            f"queries of {array.dtype} over KV of {shape.dtype}; give either that or float32"
+        )
     if array.ndim != 3 or array.shape[2] != dim or not array.shape[0]:
         raise Refused(f"queries of shape {list(array.shape)}; give [rows, query heads, {dim}]")
     return np.ascontiguousarray(array.view(STORED[dtype])), dtype
@@ -78,7 +82,9 @@ def vectors_of(given: Any, shape: AttentionShape, *, values: bool = False) -> tu
 
 def positions_of(given: Any, rows: int) -> NDArray[np.int64]:
     """Refused unless there is one per row, or none."""
-    at = np.asarray([] if given is None else given, dtype=np.int64)
+    if given is None:
+        return _NOWHERE
+    at = np.asarray(given, dtype=np.int64)
     if at.ndim != 1 or len(at) not in (0, rows) or (len(at) and at.min() < 0):
         raise Refused(
             f"positions of shape {list(at.shape)} for {rows} rows; give one each, from 0, or none"
@@ -96,10 +102,10 @@ def token_runs(tokens: Iterable[range] | None, visible: int) -> Runs:
     return joined((each.start, min(each.stop, visible)) for each in tokens)
 
 
-def heads_of(sequences: abc.Sequence[Sequence], query_heads: int) -> list[slice]:
-    """The query heads that belong to each sequence's KV heads. Refused where these are not the
+@lru_cache(maxsize=256)
+def heads_of(shapes: tuple[BlockShape, ...], query_heads: int) -> list[slice]:
+    """The query heads that belong to the KV heads of each part. Refused where these are not the
     parts of one context, one behind the other."""
-    shapes = [sequence.shape for sequence in sequences]
     ends = list(itertools.accumulate((shape.heads for shape in shapes), initial=0))
     first = shapes[0].first_head
     if [shape.first_head - first for shape in shapes] != ends[:-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,10 @@ class Lane:
         held = self.connection
         return held is not None and bool(self.under_way) and held.has_arrived(self.under_way[0][0])
 
+    def fileno(self) -> int:
+        assert self.connection is not None
+        return self.connection.fileno()
+
     def send(self) -> None:
         """As many as may be under way."""
         if self.connection is None:
@@ -81,15 +85,14 @@ class Lane:
         self.ended_s = time.monotonic()
         return Arrived(self.link, call, answer, failure)
 
-    def fail(self, error: FabricError) -> Iterator[Arrived]:
+    def fail(self, error: FabricError) -> list[Arrived]:
         """Nothing more comes from this node: what its other calls come to."""
         rest = [*(call for _, call in self.under_way), *self.waiting]
         if self.connection is not None:
             self.connection.close()  # else late answers would come before later ones
         self.under_way.clear()
         self.waiting.clear()
-        for call in rest:
-            yield Arrived(self.link, call, None, error)
+        return [Arrived(self.link, call, None, error) for call in rest]
 
     def end(self) -> int:
         """Gives the connection back; answers how many bytes went over it."""
@@ -102,63 +105,62 @@ class Lane:
 
 
 def scatter(
-    lanes: list[Lane], deadline: Deadline, traffic: Traffic, meanwhile: Callable[[], None]
-) -> Generator[Arrived]:
-    """Sends everything, runs `meanwhile`, and answers as the nodes do. The calls of a node that
-    has not answered by the deadline, or has gone, fail with the error that says so."""
+    lanes: list[Lane],
+    deadline: Deadline,
+    traffic: Traffic,
+    meanwhile: Callable[[], None],
+    take: Callable[[Arrived], None],
+) -> None:
+    """Sends everything, runs `meanwhile`, and has what the nodes answer taken as it comes. The
+    calls of a node that has not answered by the deadline, or has gone, fail with the error that
+    says so."""
     try:
         for lane in lanes:
-            yield from _tried(lane, lane.send)
+            _try(lane, lane.send, take)
         meanwhile()
-        poll, by_fd = select.poll(), _by_fd(lanes)
-        for fd in by_fd:
-            poll.register(fd, select.POLLIN)
-        while by_fd:
-            for fd in _arriving(poll, by_fd, deadline):
-                yield from _answers(by_fd[fd])
-                if by_fd[fd].idle:
-                    poll.unregister(fd)
-                    del by_fd[fd]
+        while waiting := [lane for lane in lanes if not lane.idle]:
+            for lane in _arriving(waiting, deadline):
+                _answers(lane, take)
     finally:
         _account(lanes, traffic)
 
 
-def _by_fd(lanes: list[Lane]) -> dict[int, Lane]:
-    return {
-        lane.connection.fileno(): lane
-        for lane in lanes
-        if lane.connection is not None and not lane.idle
-    }
+def _arriving(waiting: list[Lane], deadline: Deadline) -> list[Lane]:
+    """Those that have something to tell; all of them once time is over. Who waits for one alone
+    does so by taking its answer."""
+    if len(waiting) == 1:
+        return waiting
+    if at_once := [lane for lane in waiting if lane.ready]:
+        return at_once
+    poll, by_fd = select.poll(), {lane.fileno(): lane for lane in waiting}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    return [by_fd[fd] for fd, _ in poll.poll(deadline.left_s() * 1000)] or waiting
 
 
-def _arriving(poll: select.poll, by_fd: dict[int, Lane], deadline: Deadline) -> list[int]:
-    """Those that have something to tell; all of them once time is over."""
-    at_once = [fd for fd, lane in by_fd.items() if lane.ready]
-    return at_once or [fd for fd, _ in poll.poll(deadline.left_s() * 1000)] or list(by_fd)
-
-
-def _answers(lane: Lane) -> Iterator[Arrived]:
+def _answers(lane: Lane, take: Callable[[Arrived], None]) -> None:
     """The next answer of a node, and those that came with it."""
     while True:
-        yield from _tried(lane, lane.fetch)
-        yield from _tried(lane, lane.send)
+        _try(lane, lane.fetch, take)
+        _try(lane, lane.send, take)
         if not lane.ready:
             return
 
 
-def _tried(lane: Lane, act: Callable[[], Arrived | None]) -> Iterator[Arrived]:
+def _try(lane: Lane, act: Callable[[], Arrived | None], take: Callable[[Arrived], None]) -> None:
     try:
         arrived = act()
     except (DeadlineExceeded, Unreachable) as error:
-        yield from lane.fail(error)
+        for failed in lane.fail(error):
+            take(failed)
         return
     if arrived is not None:
-        yield arrived
+        take(arrived)
 
 
 def _account(lanes: list[Lane], traffic: Traffic) -> None:
     traffic.rounds += 1
-    traffic.wire_bytes += sum(lane.end() for lane in lanes)
+    traffic.wire_bytes += sum([lane.end() for lane in lanes])
     if lanes:
         last = max(lanes, key=lambda lane: lane.ended_s)
         traffic.kernel_s += last.kernel_s

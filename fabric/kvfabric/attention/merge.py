@@ -32,7 +32,7 @@ def combine(parts: Sequence[Partial]) -> Partial:
         raise Refused("attention over no parts at all; name at least one")
     if len(parts) == 1:
         return parts[0]
-    lses = np.stack([part.lse for part in parts])
+    lses = np.array([part.lse for part in parts])
     most = lses.max(axis=0)
     weights = np.exp(lses - np.where(most > -np.inf, most, 0))  # 0 for parts that are empty
     total = weights.sum(axis=0)
@@ -48,8 +48,9 @@ def merge(parts: Sequence[Partial]) -> Partial:
     """As `combine`, for the end result. Refused where a row sees no key in any part: softmax over
     nothing has no value."""
     merged = combine(parts)
-    empty = np.flatnonzero((merged.lse == -np.inf).any(axis=-1))
-    if len(empty):
+    unseeing = merged.lse == -np.inf
+    if unseeing.any():
+        empty = np.flatnonzero(unseeing.any(axis=-1))
         raise Refused(
             f"query row {empty[0]} (of {len(empty)} such) sees no key in any part: its window, "
             "token set or visible length leaves nothing; attend at least its own token"
