@@ -1,13 +1,16 @@
 """Spans as a client keeps them: what of one context a node attends for this session.
 
 A span is a node's table entry; it is opened when it is first needed, grows when further blocks
-come to the node, and is opened again when the session ended or its blocks were cut.
+come to the node, and is opened again when the session ended or its blocks were cut. One whose
+context nobody has any more is closed when the next is opened in its session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +25,9 @@ from kvfabric_client.link import Link
 
 CLOSE_S = 1.0
 
+_left: weakref.WeakKeyDictionary[Link, deque[int]] = weakref.WeakKeyDictionary()
+"""Spans, by session, that nobody has any more and nobody has closed."""
+
 
 @dataclass(slots=True, eq=False)
 class Span:
@@ -35,6 +41,16 @@ class Span:
     id: int = 0  # 0: not opened yet
     keys: dict[int, Key] = field(default_factory=dict)  # by their first token
     runs: Runs = field(default_factory=list)  # of these
+
+    _left: deque[int] = field(init=False)  # of its session
+
+    def __post_init__(self) -> None:
+        self._left = _left.setdefault(self.link, deque())
+
+    def __del__(self) -> None:
+        """In whatever thread that is, in the middle of anything: it only takes a note."""
+        if self.id:
+            self._left.append(self.id)
 
     def ensure(self, blocks: Sequence[Block], deadline: Deadline) -> None:
         """Opens it, or extends it by those of these blocks that it does not have."""
@@ -51,6 +67,8 @@ class Span:
             self.runs = joined([*self.runs, *((block.start, block.end) for block in fresh)])
 
     def _call(self, blocks: Sequence[Block], deadline: Deadline) -> None:
+        if not self.id:
+            _close(self.link, _taken(self._left))
         full = self.shape.block_tokens
         request = node_pb2.OpenSpanRequest(
             namespace_id=self.namespace,
@@ -75,10 +93,25 @@ def close(spans: Iterable[Span]) -> None:
     """Tells their nodes, which would forget them with the session."""
     by_link: dict[Link, list[int]] = {}
     for span in spans:
-        if span.id and span.link.alive():
-            by_link.setdefault(span.link, []).append(span.id)
+        by_link.setdefault(span.link, []).append(span.id)
+        span.id = 0
     for link, ids in by_link.items():
-        request = node_pb2.CloseSpanRequest(spans=ids)
-        until_s = time.monotonic() + CLOSE_S
-        with contextlib.suppress(FabricError), link.connection(until_s) as connection:
-            connection.tell("close_span", request, until_s)
+        _close(link, [span_id for span_id in ids if span_id])
+
+
+def _close(link: Link, span_ids: Sequence[int]) -> None:
+    if not span_ids or not link.alive():
+        return
+    request = node_pb2.CloseSpanRequest(spans=span_ids)
+    until_s = time.monotonic() + CLOSE_S
+    with contextlib.suppress(FabricError), link.connection(until_s) as connection:
+        connection.tell("close_span", request, until_s)
+
+
+def _taken(left: deque[int]) -> list[int]:
+    """All of it, in this thread."""
+    taken: list[int] = []
+    with contextlib.suppress(IndexError):
+        while True:
+            taken.append(left.popleft())
+    return taken

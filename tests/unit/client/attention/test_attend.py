@@ -351,3 +351,12 @@ def test_queries_with_more_ranges_than_a_message_holds(room: Room) -> None:
         whole = expected(sequence.shape, kv[..., ::2, :], 0, queries)
         for i, answer in enumerate(attend_batch(asked, layer=0, timeout_s=60)):
             check(answer, Partial(whole.o[i : i + 1], whole.lse[i : i + 1]))
+
+
+def test_sequences_that_nobody_closed_leave_one_span_behind(room: Room, client: Client) -> None:
+    queries = random_queries(1, 4, 32)
+    for _ in range(5):
+        sequence = room.sequence(FORM)
+        fill(sequence, random_kv(sequence.shape, 20))
+        sequence.attend(queries, layer=0)
+    assert eventually(lambda: counter(client, "kvfabric_node_spans") <= 2)  # the last one's, too
