@@ -33,8 +33,7 @@ class Missing(FabricError):
     what lies behind the sequence's length."""
 
     def __init__(self, ranges: list[range]) -> None:
-        text = ", ".join(f"{r.start} to {r.stop - 1}" for r in ranges)
-        super().__init__(f"the KV of tokens {text} is lost; compute it and call restore()")
+        super().__init__(f"the KV of tokens {_told(ranges)} is lost; compute it and call restore()")
         self.ranges = ranges
 
 
@@ -184,7 +183,8 @@ class SequenceReads:
         """Stores the KV of sealed blocks that were lost, under their keys.
 
         For a range of tokens that `read_into` called missing, cut at blocks; all layers.
-        Refused where it is not whole blocks, Retry where there is no room until the deadline.
+        Refused where it is not whole blocks, Retry where there is no room until the deadline;
+        what was stored until then stays, and all of it may be given again.
         """
         self._look_inside()
         with self.using(timeout_s) as deadline:
@@ -211,9 +211,11 @@ class SequenceReads:
             )
             left = [i for i, s in zip(lacking, statuses, strict=True) if s not in STORED]
             if left and (Status.REFUSED in statuses or deadline.left_s() <= RESTORE_S):
+                lost = _joined([range(blocks[i].start, blocks[i].end) for i in left])
                 raise Retry(
-                    f"{len(left)} of {len(blocks)} blocks were not stored at node {home.node}: "
-                    "there is no room, or its log says why"
+                    f"the KV of tokens {_told(lost)} was not stored at node {home.node}: where "
+                    "there is no room, close or truncate other sequences there, or give it more "
+                    "memory; then restore it again"
                 )
             if left:
                 time.sleep(RESTORE_S)  # others may be lent out meanwhile
@@ -268,6 +270,10 @@ class SequenceReads:
         """Copies a piece of a block to where it belongs."""
         inside = self.shape.look(block)[layers.start : layers.stop, ..., piece.lo : piece.hi, :]
         np.copyto(bits[..., piece.start - first : piece.end - first, :], inside)
+
+
+def _told(ranges: list[range]) -> str:
+    return ", ".join(f"{r.start} to {r.stop - 1}" for r in ranges)
 
 
 def _joined(ranges: list[range]) -> list[range]:

@@ -15,7 +15,7 @@ from kvfabric.errors import Conflict, DeadlineExceeded, Retry
 from kvfabric.manager.service import ManagerServer
 from kvfabric.manager.settings import ManagerSettings
 from kvfabric.rpc.v1 import node_pb2
-from kvfabric.types import Key, Namespace
+from kvfabric.types import Format, Key, Namespace
 from kvfabric_client import Client, Room
 from kvfabric_client.deadline import Deadline
 from kvfabric_nodes.node import Node
@@ -331,3 +331,28 @@ def test_a_node_without_room_says_so(start: Start) -> None:
             assert 0 < sequence.length < tokens
             assert sequence.length % 16 == 0
             assert np.array_equal(sequence.read(), kv(tokens)[..., : sequence.length, :])
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_restore_into_a_full_home_says_what_is_not_stored_and_may_be_repeated(
+    start: Start, kind: str
+) -> None:
+    form = Format("float32", block_tokens=16, layers=2, kv_heads=2, head_dim=32)
+    node = start(memory=1 << 20, segment=256 << 10)  # 64 blocks
+    with kvfabric_client.connect(address(node, kind), timeout_s=20) as client:
+        room = client.open(SPACE)
+        with room.sequence(form) as sequence, room.sequence(form) as other:
+            floats = kv(64, form=form)
+            sequence.append(ids(64), floats)
+            gone = [place.key for place in sequence.blocks()[2:] if place.key]
+            with kvfabric_client.connect(address(node, "unix")) as vandal:
+                vandal.open(SPACE).purge(gone)
+            other.append(range(1000, 1000 + 61 * 16), kv(61 * 16, form=form))
+            lost = floats[..., 32:, :]
+            with pytest.raises(Retry, match=r"tokens 48 to 63 was not stored .* restore it again"):
+                sequence.restore(32, lost, timeout_s=0.5)
+            assert client.stats().reservations == 0
+            assert sequence.read_into(np.empty_like(floats)) == [range(48, 64)]
+            other.truncate(60 * 16)
+            sequence.restore(32, lost)
+            assert np.array_equal(sequence.read(), floats)

@@ -11,13 +11,23 @@ import numpy as np
 import pytest
 
 import kvfabric_client
+from kvfabric.manager.service import ManagerServer
 from kvfabric_client import Sequence
 from kvfabric_client.sequence_home import Description
 from kvfabric_nodes.node import Node
 
-from .conftest import address
+from .conftest import Start, address
 from .test_deadlines import eventually
-from .test_outgrown import BLOCK_BYTES, FORM, HOME_BYTES, SPACE, manager, nodes
+from .test_outgrown import (
+    BLOCK_BYTES,
+    FORM,
+    HOME_BYTES,
+    SEGMENT_BYTES,
+    SPACE,
+    manager,
+    nodes,
+    wait_connected,
+)
 
 __all__ = ["manager", "nodes"]  # fixtures
 
@@ -89,3 +99,25 @@ def test_a_closed_one_gives_all_memory_back(grown: Sequence, nodes: tuple[Node, 
     assert eventually(lambda: not any(node.sequences.all for node in nodes))
     for node in nodes:
         node.check()
+
+
+def test_what_a_creditor_was_made_to_drop_is_nowhere_once_its_loan_is_renewed(
+    start: Start, manager: ManagerServer
+) -> None:
+    given: dict[str, Any] = {"manager": manager.address, "loan_s": 1.5}
+    home = start("home", memory=HOME_BYTES, segment=SEGMENT_BYTES, **given)
+    creditor = start("creditor", memory=16 * HOME_BYTES, **given)
+    wait_connected(home, creditor)
+    with (
+        kvfabric_client.connect(address(home, "unix"), timeout_s=60) as client,
+        client.open(SPACE).sequence(FORM) as sequence,
+    ):
+        sequence.append(range(TOKENS), FLOATS)
+        keys = [place.key for place in sequence.blocks() if place.node == "creditor"]
+        with kvfabric_client.connect(address(creditor, "unix")) as vandal:
+            vandal.open(SPACE).purge([key for key in keys[-3:] if key])
+        lost = {token for run in sequence.read_into(np.empty_like(FLOATS)) for token in run}
+        assert lost
+        assert eventually(
+            lambda: lost == {t for p in sequence.blocks() if not p.node for t in p.tokens}
+        )
