@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import kvfabric_client
-from kvfabric.errors import Refused, Unsupported
+from kvfabric.errors import Refused, Retry, Unsupported
 from kvfabric_client import Client, Room
 from kvfabric_client.demo.cluster import Cluster, cluster
 from kvfabric_client.integrations.transformers import (
@@ -200,6 +200,82 @@ def test_a_call_that_failed_may_be_repeated(
                 model(**prompts, past_key_values=cache)
         assert cache.get_seq_length() == 0
         assert greedy(model, prompts, past_key_values=cache) == expected
+
+
+@pytest.mark.parametrize("local_tokens", [0, 10])
+@pytest.mark.parametrize("before", [0, 20])
+def test_after_a_call_that_failed_another_may_come(
+    fabric: Client, monkeypatch: pytest.MonkeyPatch, local_tokens: int, before: int
+) -> None:
+    """What some layers have stored of the first is not in the way."""
+    model, failing, prompts = build(), batch(50, seed=2), batch(50)
+    expected = greedy(model, prompts)
+    third = model.model.layers[2]
+
+    with on_fabric(fabric, model, local_tokens=local_tokens) as cache, torch.no_grad():
+        if before:
+            model(prompts["input_ids"][:, :before], past_key_values=cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(third, "forward", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(failing["input_ids"][:, before:], past_key_values=cache)
+        assert greedy(model, prompts, past_key_values=cache) == expected
+
+
+def test_a_home_without_room_costs_time_but_no_kv(
+    fabric: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = build(), batch(50)
+    expected = greedy(model, prompts)
+
+    with on_fabric(fabric, model, local_tokens=10) as cache, torch.no_grad():
+        model(prompts["input_ids"][:, :20], past_key_values=cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(cache.rows[0].sequence, "append", no_room)
+            with pytest.raises(Retry):
+                model(prompts["input_ids"][:, 20:40], past_key_values=cache)
+        assert greedy(model, prompts, past_key_values=cache) == expected
+        assert not cache.totals.recomputed
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise Retry("no room")
+
+
+def test_rows_that_could_not_all_be_opened_are_opened_by_the_next_call(
+    fabric: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = build(), batch(40, 40)
+    expected = greedy(model, prompts)
+    room = room_of(fabric, model)
+    open_one = room.sequence
+
+    with fabric_attention(model, room, block_tokens=BLOCK_TOKENS) as cache:
+        with monkeypatch.context() as patched, torch.no_grad():
+            first = iter([open_one])
+            patched.setattr(room, "sequence", lambda *given: next(first, no_room)(*given))
+            with pytest.raises(Retry):
+                model(**prompts, past_key_values=cache)
+        assert greedy(model, prompts, past_key_values=cache) == expected
+
+
+@torch.no_grad()
+def test_a_chunk_of_padding_brings_nothing(fabric: Client) -> None:
+    model, prompts = build(), batch(30)
+    expected = model(**prompts).logits
+    padded = torch.nn.functional.pad(prompts["input_ids"], (8, 0))
+    mask = torch.nn.functional.pad(prompts["attention_mask"], (8, 0))
+
+    with on_fabric(fabric, model) as cache:
+        model(padded[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+        found = model(
+            padded[:, 8:],
+            attention_mask=mask,
+            position_ids=torch.arange(30)[None],
+            past_key_values=cache,
+        ).logits
+
+    assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 # Loss ---------------------------------------------------------------------------------

@@ -148,8 +148,9 @@ class FabricCache(PassingCache):
             raise Refused(f"a batch of {batch} rows; this cache has {len(self.rows)}, make another")
         before = [len(row.token_ids) for row in self.rows] or [0] * batch
         brought = new_tokens(input_ids, mask, position_ids, before, self.columns)
-        while len(self.rows) < batch:
-            self.rows.append(Row(len(self.rows), self._room.sequence(self._form)))
+        self.rows = self.rows or self._opened(batch)
+        for row, ids in zip(self.rows, brought, strict=True):
+            row.settle(ids)
         for row, ids in zip(self.rows, brought, strict=True):
             row.token_ids += ids
         shares = [
@@ -157,6 +158,15 @@ class FabricCache(PassingCache):
             for row, start, ids in zip(self.rows, before, brought, strict=True)
         ]
         return [share for share in shares if share.count]
+
+    def _opened(self, batch: int) -> list[Row]:
+        """A sequence for each row, or for none."""
+        with ExitStack() as opening:
+            sequences = [
+                opening.enter_context(self._room.sequence(self._form)) for _ in range(batch)
+            ]
+            opening.pop_all()
+        return [Row(index, sequence) for index, sequence in enumerate(sequences)]
 
 
 def _check_attended(model: PreTrainedModel) -> None:

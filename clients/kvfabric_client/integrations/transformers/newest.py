@@ -57,11 +57,9 @@ class Newest:
         surplus = max(0, run.end - run.start - self.tokens)
         return run.start + surplus // self._block_tokens * self._block_tokens
 
-    def keep(self, share: Share, layer: int, run: Run) -> Run:
-        """Keeps the end of a run; answers its begin, which goes to the fabric."""
-        at = self.leaves(run)
-        self._kept[share.row.index, layer] = run.cut(at, run.end)
-        return run.cut(run.start, at)
+    def keep(self, share: Share, layer: int, run: Run) -> None:
+        """The end of a run, once its begin is on the fabric."""
+        self._kept[share.row.index, layer] = run
 
     def clear(self) -> None:
         self._kept.clear()

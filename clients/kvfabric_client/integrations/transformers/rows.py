@@ -21,6 +21,17 @@ class Row:
     sequence: Sequence
     token_ids: list[int] = field(default_factory=list)
 
+    failed: bool = False  # the last step: some layers may have stored what was taken back
+
+    def settle(self, ids: Listed[int]) -> None:
+        """Before these tokens come: where others were taken back, what was stored of them goes."""
+        start = len(self.token_ids)
+        if self.failed:
+            stored = self.sequence.token_ids[start : start + len(ids)].tolist()
+            if stored != ids[: len(stored)]:
+                self.sequence.truncate(min(self.sequence.length, start))
+        self.failed = False
+
     @property
     def held_bytes(self) -> int:
         """KV of it in this process: open blocks, where the home node's memory is not mapped."""

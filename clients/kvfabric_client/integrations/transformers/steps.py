@@ -34,11 +34,15 @@ class Forward:
             for share, run in zip(self.shares, runs, strict=True)
         ]
         out = query.new_zeros(batch, columns, heads, value.shape[-1])
+        if not self.shares:  # padding alone
+            return out
         for share, o in zip(self.shares, self._mender.attend(asks, layer, scores), strict=True):
             out[share.row.index, columns - share.count :] = torch.from_numpy(o)
         if self._newest.tokens:
             for share, run in zip(self.shares, runs, strict=True):
-                self._mender.append(share.row, layer, self._newest.keep(share, layer, run))
+                at = self._newest.leaves(run)
+                self._mender.append(share.row, layer, run.cut(run.start, at))
+                self._newest.keep(share, layer, run.cut(at, run.end))
         return out
 
     def _ask(self, share: Share, query: Tensor, run: Run, scores: Scores) -> Ask:
@@ -59,3 +63,4 @@ class Forward:
         """The call failed: its tokens were not taken."""
         for share in self.shares:
             del share.row.token_ids[share.start :]
+            share.row.failed = True
