@@ -1,0 +1,67 @@
+"""Connections of prepared queries: what ends them, and with what they end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+
+import pytest
+from tests.unit.client.conftest import address
+from tests.unit.client.test_deadlines import eventually
+from tests.unit.nodes.attention.asking import Asker, asker, ids
+from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, Again, over, soon
+
+from kvfabric.errors import DeadlineExceeded, Unreachable
+from kvfabric_client.prepared import PreparedConnection
+from kvfabric_nodes.node import Node
+
+
+@pytest.mark.parametrize("size_bytes", [(512 << 10) + 1, (1 << 32) - 1])
+def test_a_record_that_is_none_ends_its_connection(
+    ask: Asker, again: Again, size_bytes: int
+) -> None:
+    connection = again.connection
+    connection._sock.sendall(struct.pack("<qqII", 1, 1, 0, size_bytes))
+    connection._expected.append(1)
+    with pytest.raises(Unreachable):
+        connection.finish(soon())
+    assert not connection.usable
+    assert ask.client.stats().node, "the session goes on"
+
+
+def test_it_ends_with_its_session(node: Node) -> None:
+    with asker(address(node, "tcp")) as ask:
+        ask.client.stats()
+        again = Again(ask)
+        other = PreparedConnection(again.link._join(soon(), "attend"))
+        with ask.room.sequence(FORM) as sequence:
+            sequence.append(ids(40), CONTEXT[..., :40, :])
+            assert again.prepare(over(ask.span_of(FORM, sequence.id), 40))
+    other._expected.append(1)
+    with pytest.raises(Unreachable):
+        other.finish(soon())
+    again.connection.close()
+    assert node.attention.preparations is not None
+    assert eventually(lambda: not node.attention.preparations._entries)  # type: ignore[union-attr]
+
+
+def test_an_answer_that_does_not_come_in_time_ends_the_connection() -> None:
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(theirs):
+        connection = PreparedConnection(_Detached(ours))  # type: ignore[arg-type]
+        connection.begin(1, 0, 0, b"", 1, soon())
+        with pytest.raises(DeadlineExceeded):
+            connection.finish(time.monotonic() + 0.02)
+        assert not connection.usable
+
+
+class _Detached:
+    address = "unix:there"
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def detach(self) -> socket.socket:
+        return self._sock
