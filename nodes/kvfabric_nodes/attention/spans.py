@@ -194,9 +194,7 @@ class Spans:
 
     def blocks(self, span: Span, sequence: OpenSequence | None, layer: int) -> Blocks:
         """What lies here of a span, and can be seen in this layer."""
-        known = span.known
-        if known is None or not self._stands(span, known, sequence):
-            known = span.known = self._look(span, sequence)
+        known = self._known(span, sequence)
         if sequence is None:
             return known.blocks
         tail = self._tail(sequence, layer)
@@ -206,7 +204,7 @@ class Spans:
 
     def blocks_ahead(self, span: Span, sequence: OpenSequence | None) -> Blocks:
         """The same with all of the open blocks, whatever of them can be seen."""
-        sealed = (span.known or self._look(span, sequence)).blocks
+        sealed = self._known(span, sequence).blocks
         if sequence is None:
             return sealed
         full = sequence.shape.block_tokens
@@ -220,6 +218,12 @@ class Spans:
                 ]
             ),
         )
+
+    def _known(self, span: Span, sequence: OpenSequence | None) -> _Known:
+        known = span.known
+        if known is None or not self._stands(span, known, sequence):
+            known = span.known = self._look(span, sequence)
+        return known
 
     def _tail(self, sequence: OpenSequence, layer: int) -> list[Row]:
         full, visible = sequence.shape.block_tokens, sequence.visible(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.client.conftest import Start, address, core_of
 from tests.unit.client.test_deadlines import eventually
 from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, ids, kv, rows
-from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, Again, over, soon
+from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, TIMEOUT_S, Again, over, soon
 
 from kvfabric.types import Format
 from kvfabric_client.prepared import GONE, Computed
@@ -51,6 +52,23 @@ def test_purged_shards_are_gone(ask: Asker, again: Again, node: Node) -> None:
         assert again(number, over(span, 64)) == GONE
         assert not core_of(node).books().quarantined_bytes, "nobody computes it"
         node.check()
+
+
+def test_what_goes_while_its_first_attend_is_computed_is_not_prepared(
+    ask: Asker, again: Again, node: Node
+) -> None:
+    with ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(64), CONTEXT[..., :64, :])
+        keys = [place.key for place in sequence.blocks() if place.key]
+        span = ask.span_of_keys(FORM, keys=keys, first_tokens=[0, 16, 32, 48]).span
+    preparations = node.attention.preparations
+    assert preparations is not None
+    with ThreadPoolExecutor(1) as thread:
+        with preparations.turn():
+            number = thread.submit(again.prepare, over(span, 64))
+            assert eventually(lambda: bool(core_of(node)._readings))
+            ask.room.purge()
+        assert not number.result(TIMEOUT_S)
 
 
 def test_bytes_that_are_freed_are_not_used_again_while_it_is_computed(start: Start) -> None:
