@@ -73,12 +73,12 @@ class Spreading:
         begun = 0
         for namespace, key in self._heat:
             allowed = self._rules.hot_replicas(namespace)
-            if not allowed or begun >= MAX_SPREAD or self._mover.busy(namespace, key):
-                continue
+            rate = self._heat.rate(namespace, key, now_s) if allowed else 0.0
+            if rate <= HOT_READS_PER_S or begun >= MAX_SPREAD or self._mover.busy(namespace, key):
+                continue  # most are not read that much: only what is is looked up
             subject = Subject(namespace, key)
             extra = self._extra.get(subject, set())
             keepers = self._keepers(subject)
-            rate = self._heat.rate(namespace, key, now_s)
             if keepers and len(extra) < allowed and rate / len(keepers) > HOT_READS_PER_S:
                 begun += self._make_one(subject, keepers, now_s)
 
@@ -105,8 +105,9 @@ class Spreading:
 
     def _mark(self) -> None:
         """Replicas beyond counts that were lowered are extra from now on."""
+        room = MAX_EXTRA - self._count()
         for subject, before in list(itertools.islice(self._lowered.items(), LOWERED_KEYS)):
-            if self._count() > MAX_EXTRA - MAX_REPLICAS:
+            if room < MAX_REPLICAS:
                 return
             del self._lowered[subject]
             if self._mover.busy(*subject):
@@ -117,6 +118,7 @@ class Spreading:
                 surplus = min(len(keepers), before) - self._rules.replicas(*subject)
                 if surplus > 0:
                     self._extra[subject] = extra | self._crowded(keepers, surplus)
+                    room -= surplus
 
     def _crowded(self, keepers: set[NodeId], count: int) -> set[NodeId]:
         """So many of the nodes; those that are left stand in as many zones as they can."""
@@ -136,8 +138,10 @@ class Spreading:
             nodes &= keepers  # one that is gone, or never came, is none
             if not nodes:
                 del self._extra[subject]
-            elif self._too_many(subject, len(nodes), len(keepers), now_s):
-                going.setdefault((max(nodes), subject.namespace), []).append(subject.key)
+            elif self._too_many(subject, len(nodes), len(keepers), now_s) and (
+                spare := self._spare(subject, nodes, keepers)
+            ):
+                going.setdefault((spare, subject.namespace), []).append(subject.key)
         for (node, namespace), keys in sorted(going.items()):
             move = self._spread.wanting(now_s)
             if move is None:
@@ -154,6 +158,13 @@ class Spreading:
         rate = self._heat.rate(*subject, now_s)
         cool = rate / fewer < COOL_SHARE * HOT_READS_PER_S
         return cool or extra > self._rules.hot_replicas(subject.namespace)
+
+    def _spare(self, subject: Subject, extra: set[NodeId], keepers: set[NodeId]) -> NodeId | None:
+        """One of the extra ones without which there are as many zones as rules want."""
+        zones = sight.zones(self._cluster, keepers)
+        wanted = min(self._rules.replicas(*subject), zones)
+        spare = [n for n in extra if sight.zones(self._cluster, keepers - {n}) >= wanted]
+        return max(spare, default=None)
 
     # Inside
 

@@ -145,6 +145,26 @@ def test_a_hot_shard_of_readers_unknown_spreads_to_another_zone() -> None:
     assert zones(made, 1) == ["z0", "z1", "z2"]
 
 
+def test_an_extra_replica_without_which_there_were_too_few_zones_stays() -> None:
+    made = fabric()
+    made.set_policy(2, hot_replicas=1)
+    made.put("n0", [1])
+    made.put("n2", [1])
+    for _ in range(120):
+        made.nodes[NodeId("n0")].heat = {(ROOM, key(1)): 20}
+        made.core.locate(ROOM, [key(1)], prefix=False, asker=NodeId("n4"))
+        made.run(0.5)
+    assert made.holders(1) == {"n0", "n2", "n4"}
+
+    made.kill("n2")
+    made.put("n1", [1])  # cache: of two replicas in one zone and an extra one
+    made.run(400)
+
+    assert made.holders(1) == {"n0", "n1", "n4"}
+    moves = made.core.moving.mover.moves()
+    assert not any(move.dropped for move in moves)
+
+
 def test_without_a_policy_for_it_nothing_is_spread() -> None:
     made = fabric()
     made.put("n0", [1])
