@@ -155,8 +155,13 @@ class StateMoves:
         head = Head(request.version, Key(request.key))
         adopted = self._handovers.adopt(name, head, request.source, request.offer, self._now())
         failpoints.reach("state.adopted")
-        if await self._ask(name, adopted, request) is not False:
-            self._handovers.discard(name, self._now())
+        offered = False
+        try:
+            offered = await self._ask(name, adopted, request) is False
+        finally:  # also where the source goes meanwhile, and its call with it
+            if not offered:
+                self._handovers.give_up(name, adopted, self._now())
+        if not offered:
             raise Retry("the source does not say that it still offers this state")
         task = asyncio.get_running_loop().create_task(self._resolve(name, adopted, request))
         self._resolving.add(task)

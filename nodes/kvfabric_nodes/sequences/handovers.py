@@ -139,6 +139,11 @@ class Handovers:
         self.states.moving.remove(name)
         self.states.take(name, self.adopted.pop(name).head)
 
+    def give_up(self, name: Name, adopted: Adopted, now_s: float) -> None:
+        """Discards this, unless it is settled, or replaced by a newer offer."""
+        if self.adopted.get(name) is adopted:
+            self.discard(name, now_s)
+
     def discard(self, name: Name, now_s: float) -> None:
         """What was adopted, if anything, stays its source's."""
         adopted = self.adopted.pop(name, None)

@@ -650,3 +650,34 @@ def test_a_command_that_makes_no_sense_harms_nobody(source: Node) -> None:
     obey(source)
     assert holds(source, KEYS[:1]) == [True]
     assert source.neighbours._handler.metrics.commands == {"drop": 1, "unknown": 1}
+
+
+# States -------------------------------------------------------------------------------
+
+
+def test_a_state_whose_source_goes_while_it_is_asked_is_not_adopted(target: Node) -> None:
+    """Else nobody could ever read it here, or make it anew."""
+    put(target, KEYS[:1])
+    until_s = time.monotonic() + DEADLINE_S
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        contextlib.closing(Connection(f"unix:{target.endpoints.unix_path}", until_s)) as source,
+    ):
+        host, port = mute.getsockname()
+        greeting = node_pb2.HelloRequest(min_version=1, max_version=1, peer_token=TOKEN)
+        source.call("hello", greeting, until_s)
+        offer = node_pb2.AdoptStateRequest(
+            namespace_id=SPACE_ID,
+            name=bytes(32),
+            version=7,
+            key=KEYS[0],
+            source="source",
+            endpoints=types_pb2.Endpoints(host="another", tcp_address=f"{host}:{port}"),
+            incarnation=1,
+            offer=1,
+        )
+        source.begin("adopt_state", offer, until_s)
+        wait_for(lambda: bool(target.handovers.adopted))
+    wait_for(lambda: not target.handovers.adopted)
+    with room_of(target) as room:
+        assert room.state(bytes(32)).version() == (0, b"")

@@ -317,3 +317,15 @@ def test_states_of_one_name_in_two_namespaces_move_on_their_own() -> None:
     assert a.hands.freeze((other, NAME), 1.0) is None
     b.hands.adopt((other, NAME), Head(3, key(1)), "a", 1, 0.0)
     assert set(b.hands.adopted) == {b.name, (other, NAME)}
+
+
+def test_a_call_that_gives_up_leaves_what_a_later_one_has_adopted() -> None:
+    a, b, offer, first = offered()
+    second = b.hands.adopt(b.name, offer.head, "a", offer.number + 1, 1.0)
+
+    b.hands.give_up(b.name, first, 2.0)
+    assert b.hands.adopted == {b.name: second}
+    b.hands.give_up(b.name, second, 2.0)
+    assert b.hands.adopted == {}
+    a.check()
+    b.check()
