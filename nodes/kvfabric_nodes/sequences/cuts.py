@@ -129,6 +129,7 @@ class CutCalls:
                 if not lacking:
                     raise Refused(f"{reason}; accept one of them first")
                 return Lack(reason, session, sequence)
+            sequence.show_cut()  # an open block that was seen is written over
             self._room.copy(source, sequence.tails[0].extent, sequence.shape)
         self._sequences.truncate(sequence, tokens, self._now())
         return None

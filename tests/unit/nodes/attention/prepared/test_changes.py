@@ -20,6 +20,9 @@ from kvfabric.types import Format
 from kvfabric_client.prepared import GONE, Computed
 from kvfabric_nodes.attention import prepared
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.sequences.room import SequenceRoom
+from kvfabric_nodes.sequences.sequence import Shape
+from kvfabric_nodes.store.extents import Extent
 
 CHANGES: dict[str, Callable[[Asker, object], object]] = {
     "truncate": lambda ask, sequence: sequence.truncate(39),  # type: ignore[attr-defined]
@@ -40,6 +43,24 @@ def test_what_is_cut_or_freed_is_gone(ask: Asker, again: Again, node: Node, how:
     assert again(number, over(span, 30)) == GONE
     sequence.close(drop=True)
     assert eventually(lambda: not core_of(node).books().quarantined_bytes)
+
+
+def test_it_is_gone_before_an_open_block_is_written_over(
+    ask: Asker, again: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(40), CONTEXT[..., :40, :])
+        call = over(ask.span_of(FORM, sequence.id), 40)
+        number = again.prepare(call)
+        copy, meanwhile = SequenceRoom.copy, []
+
+        def copy_and_ask(room: SequenceRoom, source: Extent, target: Extent, shape: Shape) -> None:
+            copy(room, source, target, shape)
+            meanwhile.append(again(number, call))
+
+        monkeypatch.setattr(SequenceRoom, "copy", copy_and_ask)
+        sequence.truncate(20)  # within a sealed block
+        assert meanwhile == [GONE]
 
 
 def test_purged_shards_are_gone(ask: Asker, again: Again, node: Node) -> None:
