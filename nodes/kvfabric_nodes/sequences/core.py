@@ -99,6 +99,7 @@ class Sequences:
         for block in blocks:
             self.sharing.take(sequence, block)
         sequence.length = sequence.sealed
+        sequence.show(0, sequence.shape.layers)
 
     def _check_blocks(
         self,

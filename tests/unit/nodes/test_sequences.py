@@ -101,12 +101,14 @@ def test_a_sequence_with_nothing_open_goes_on_with_further_blocks(
 ) -> None:
     desk.chain(keys(1, 2, 3))
     sequence = begin(sequences, desk, keys(1))
+    board = sequence.watched()
 
     further = [Block(key, TOKENS) for key in keys(2, 3, 4)]
     assert sequences.go_on(desk.session, sequence.id, further, 0.0) is sequence
 
     assert (sequence.length, sequence.epoch, sequence.away) == (4 * TOKENS, 1, 1)
     assert [block.key for block in sequence.blocks] == keys(1, 2, 3, 4)
+    assert board.tolist() == [4 * TOKENS] * LAYERS + [0]
     sequences.extend(sequence, 1, 0.0)
     write(sequences, sequence, 1)
 
