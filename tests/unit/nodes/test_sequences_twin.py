@@ -243,6 +243,7 @@ class SequenceMachine(RuleBasedStateMachine):
             for at in range(start, end if not late else start):
                 tail = twin.sequence.tails[at // TOKENS]
                 self._cells(tail.extent)[layer, at % TOKENS] = twin.tail[at]
+        twin.sequence.show(first, count)
 
     @has_writers
     @rule(n=NUMBERS, blocks=st.integers(1, 3), short=st.booleans())
@@ -315,6 +316,7 @@ class SequenceMachine(RuleBasedStateMachine):
             if source is None or not sequence.tails:
                 self._own(twin)
                 return
+            sequence.show_cut()
             self._copy(source, sequence.tails[0].extent)
         self.sequences.truncate(sequence, tokens, self.now_s)
         kept = twin.tokens()[cut.start : tokens]
