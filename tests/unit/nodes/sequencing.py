@@ -29,6 +29,7 @@ def write(sequences: Sequences, sequence: OpenSequence, tokens: int, now_s: floa
     lacking, reason = sequences.extend(sequence, blocks, now_s)
     assert lacking == 0, reason
     sequence.append(sequence.length, tokens, 0, LAYERS)
+    sequence.show(0, LAYERS)
     assert sequence.length == end
 
 
