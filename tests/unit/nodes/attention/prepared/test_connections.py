@@ -8,9 +8,11 @@ import struct
 import time
 
 import pytest
-from tests.unit.client.conftest import address
+from structlog.testing import capture_logs
+from tests.unit.client.conftest import Start, address
 from tests.unit.client.test_deadlines import eventually
-from tests.unit.nodes.attention.asking import Asker, asker, ids
+from tests.unit.client.test_grpc import Guest
+from tests.unit.nodes.attention.asking import Asker, asker, ids, opening
 from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, Again, over, soon
 
 from kvfabric.errors import DeadlineExceeded, Unreachable
@@ -45,6 +47,23 @@ def test_it_ends_with_its_session(node: Node) -> None:
     again.connection.close()
     assert node.attention.preparations is not None
     assert eventually(lambda: not node.attention.preparations._entries)  # type: ignore[union-attr]
+
+
+def test_a_node_stops_whatever_a_session_without_connections_has_prepared(start: Start) -> None:
+    node = start(grpc="127.0.0.1:0")
+    guest = Guest(node)
+    with asker(address(node, "unix")) as ask, ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(16), CONTEXT[..., :16, :])
+        keys = [place.key for place in sequence.blocks() if place.key]
+    span = opening(guest.space, FORM, 0)
+    span.keys[:], span.first_tokens[:] = keys, [0]
+    message = over(guest.call("OpenSpan", span).span, 16).message()
+    message.prepare = True
+    assert guest.call("Attend", message).prepared
+    with capture_logs() as logs:
+        node.stop()
+    assert not [entry for entry in logs if entry["event"] == "node_failed"]
+    guest.channel.close()
 
 
 def test_an_answer_that_does_not_come_in_time_ends_the_connection() -> None:
