@@ -22,6 +22,7 @@ from kvfabric_client.attention.queries import (
     heads_of,
     positions_of,
     shape_for,
+    telling_positions,
     token_runs,
     vectors_of,
 )
@@ -38,6 +39,7 @@ class New:
     writer: Writer
     source: Source
     part: Part
+    positions: NDArray[np.int64]  # of its rows; none: they see all new tokens
     start: int
     ids: array[int]
     partial: Partial | None = None
@@ -62,7 +64,7 @@ class New:
             planes[0],
             planes[-1][..., : shape.value_dim],
             np.arange(self.start, end),
-            sight(part.rows, part.positions, end, options.window, options.sinks),
+            sight(part.rows, self.positions, end, options.window, options.sinks),
             options.scale,
             options.softcap,
         )
@@ -80,9 +82,10 @@ class Asked:
 
 
 def ask(
-    query: Query, sequences: Sequence[Any], layer: int, value_dim: int, deadline: Deadline
+    query: Query, sequences: Sequence[Any], options: Options, value_dim: int, deadline: Deadline
 ) -> Asked:
     """Makes a query over these sequences ready, which are held by the caller."""
+    layer = options.layer
     shapes = [shape_for(sequence.shape, value_dim) for sequence in sequences]
     reached = min(_reached(sequence.writer, layer) for sequence in sequences)
     for sequence in sequences:
@@ -97,16 +100,17 @@ def ask(
     if not len(at) and len(ids):
         at = visible + np.arange(len(ids))
     runs = token_runs(query.tokens, visible)
+    telling = telling_positions(at, visible, options.window)
     asked = Asked(query)
     heads = heads_of(tuple(sequence.shape for sequence in sequences), vectors.shape[1])
     for sequence, shape, mine in zip(sequences, shapes, heads, strict=True):
         sequence.context.begin(deadline)
         rows = np.ascontiguousarray(vectors[:, mine])
-        part = Part(sequence.context, shape, rows, dtype, visible, at, runs)
+        part = Part(sequence.context, shape, rows, dtype, visible, telling, runs)
         asked.parts.append(part)
         if len(ids):
             source = _source(query, sequences, sequence.shape, ids, layer)
-            asked.news.append(New(sequence.writer, source, part, visible, ids))
+            asked.news.append(New(sequence.writer, source, part, at, visible, ids))
     return asked
 
 

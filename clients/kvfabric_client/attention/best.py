@@ -69,8 +69,11 @@ class TopK:
         )
         return Call(request, asks)
 
-    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
-        rows = [(ask.item, row) for ask in call.asks for row in range(ask.item.rows)]
+    def again(self, asks: Sequence[Ask]) -> None:
+        """It is not prepared."""
+
+    def take(self, asks: Sequence[Ask], answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+        rows = [(ask.item, row) for ask in asks for row in range(ask.item.rows)]
         if len(answer.counts) != len(rows) or sum(answer.counts) != len(answer.scores):
             raise Broken(f"node {node} answered {len(answer.counts)} rows of {len(rows)}")
         pairs = zip(answer.scores, answer.first_tokens, strict=True)

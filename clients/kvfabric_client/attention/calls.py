@@ -51,7 +51,7 @@ def attend_batch(
         shape = shape_for(some.shape, value_dim)
         options = Options(layer, scale_of(scale, shape), softcap, window, sinks)
         asked = [
-            ask(query, own, layer, value_dim, deadline)
+            ask(query, own, options, value_dim, deadline)
             for query, own in zip(queries, over, strict=True)
         ]
         return _Call(asked, options, value_dim, deadline).run(pages)

@@ -15,9 +15,10 @@ from kvfabric.rpc.v1 import node_pb2
 from kvfabric_client.attention.answers import Traffic
 from kvfabric_client.attention.fetched import HERE, Fetched
 from kvfabric_client.attention.local import attend_new
-from kvfabric_client.attention.operator import Ask, Call, Item
+from kvfabric_client.attention.operator import Again, Ask, Call, Item
 from kvfabric_client.attention.parts import Options, Part, items_of, messages_of
 from kvfabric_client.attention.runs import Runs, count, joined, without
+from kvfabric_client.attention.spans import Alike
 
 
 @dataclass(slots=True)
@@ -66,16 +67,42 @@ class Attention:
             sinks=options.sinks,
             deadline_ms=deadline_ms,
             queries=[self.parts[ask.item.query].asked(ask, options) for ask in asks],
-            vectors=b"".join([self.parts[ask.item.query].rows_of(ask) for ask in asks]),
+            vectors=b"".join([self._vectors(ask) for ask in asks]),
         )
+        if alike := self._alike(asks):
+            request.prepare = alike.prepare()
         self.traffic.sent_bytes += len(request.vectors)
         return Call(request, asks)
 
-    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
-        part = self.parts[call.asks[0].item.query]
-        rows = sum(ask.item.rows for ask in call.asks)
+    def _alike(self, asks: Sequence[Ask]) -> Alike | None:
+        """Of the only query of a message, if it may be prepared."""
+        part = self.parts[asks[0].item.query]
+        return part.alike(asks[0], self.options) if len(asks) == 1 else None
+
+    def again(self, asks: Sequence[Ask]) -> Again | None:
+        alike = self._alike(asks)
+        if alike is None or not alike.number:
+            return None
+        (ask,), part = asks, self.parts[asks[0].item.query]
+        rows = ask.item.rows * part.heads
+        return Again(
+            asks,
+            alike,
+            self.options.layer,
+            part.visible,
+            self._vectors(ask),
+            outputs=rows * part.shape.value_dim,
+            lse=rows,
+        )
+
+    def _vectors(self, ask: Ask) -> memoryview:
+        return self.parts[ask.item.query].rows_of(ask).cast("B")
+
+    def take(self, asks: Sequence[Ask], answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+        part = self.parts[asks[0].item.query]
+        rows = sum(ask.item.rows for ask in asks)
         heads, dim = part.heads, part.shape.value_dim
-        asked = [count(ask.runs) - count(gap) for ask, gap in zip(call.asks, gaps, strict=True)]
+        asked = [count(ask.runs) - count(gap) for ask, gap in zip(asks, gaps, strict=True)]
         sizes = (len(answer.outputs), len(answer.lse))
         if sizes != (4 * rows * heads * dim, 4 * rows * heads) or asked != list(answer.tokens):
             raise Broken(
@@ -85,13 +112,15 @@ class Attention:
         o = np.frombuffer(answer.outputs, np.float32).reshape(rows, heads, dim)
         lse = np.frombuffer(answer.lse, np.float32).reshape(rows, heads)
         at = 0
-        for ask, gap in zip(call.asks, gaps, strict=True):
+        for ask, gap in zip(asks, gaps, strict=True):
             end = at + ask.item.rows
             covered = without(ask.runs, gap) if gap else ask.runs
             self._add(ask.item, Partial(o[at:end], lse[at:end]), node, covered)
             at = end
         self.traffic.received_bytes += sum(sizes)
         self.traffic.kernels.add(answer.kernel)
+        if answer.prepared and (alike := self._alike(asks)):
+            alike.number = answer.prepared
 
     def compute(self, ask: Ask, some: Fetched) -> None:
         options, item, part = self.options, ask.item, self.parts[ask.item.query]

@@ -22,6 +22,7 @@ from kvfabric.errors import (
     Unsupported,
 )
 from kvfabric.logs import guest_logger
+from kvfabric_client.attention.again import AgainLane
 from kvfabric_client.attention.answers import Traffic
 from kvfabric_client.attention.context import Context, Search
 from kvfabric_client.attention.fetched import fetched
@@ -102,11 +103,13 @@ class Gather:
                 self._unserved.append(ask)
             except Retry as error:
                 self._missed(ask, ask.runs, error)
-        deadline_ms = milliseconds(patience.left_s())
-        return [
-            Lane(link, self.operator.name, self.operator.calls(some, deadline_ms), patience)
-            for link, some in asks.items()
-        ]
+        return [self._lane(link, some, patience) for link, some in asks.items()]
+
+    def _lane(self, link: Link, asks: Sequence[Ask], patience: Deadline) -> Lane:
+        calls = self.operator.calls(asks, milliseconds(patience.left_s()))
+        if again := self.operator.again(asks):
+            return AgainLane(link, again, calls, patience, self.traffic)
+        return Lane(link, self.operator.name, calls, patience)
 
     def _link(self, ask: Ask, links: dict[tuple[int, str], Link], patience: Deadline) -> Link:
         """`links`: those of this round, by client and address."""
@@ -125,9 +128,9 @@ class Gather:
         if arrived.error is not None:
             self._failed(arrived, arrived.error)
             return
-        asks = arrived.call.asks
+        asks = arrived.asks
         gaps = _gaps(asks, arrived) if arrived.answer.gaps else [[]] * len(asks)
-        self.operator.take(arrived.call, arrived.answer, arrived.link.node, gaps)
+        self.operator.take(asks, arrived.answer, arrived.link.node, gaps)
         for ask, runs in zip(asks, gaps, strict=True):
             if runs:
                 self._missed(ask, runs)
@@ -136,16 +139,16 @@ class Gather:
         """A node that is overloaded or has gone does not have what it was asked for; one that
         refuses may have lost its spans, with a restart say: these are opened again, once."""
         if isinstance(error, Retry):
-            for ask in arrived.call.asks:
+            for ask in arrived.asks:
                 self._missed(ask, ask.runs, error)
             return
-        asked = {(ask.item, ask.place) for ask in arrived.call.asks}
+        asked = {(ask.item, ask.place) for ask in arrived.asks}
         final = isinstance(error, (Denied, Unsupported)) or asked & self._reopened
         if final or not isinstance(error, (Refused, Conflict)):
             raise error
         self._reopened |= asked
         log.debug("spans_reopened", node=arrived.link.node, why=str(error))
-        for ask in arrived.call.asks:
+        for ask in arrived.asks:
             ask.item.context.forget(ask.place)
             ask.item.wanted = joined([*ask.item.wanted, *ask.runs])
 

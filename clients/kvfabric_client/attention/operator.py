@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from kvfabric_client.attention.context import Context
 from kvfabric_client.attention.fetched import Fetched
 from kvfabric_client.attention.runs import Runs
-from kvfabric_client.attention.spans import Span
+from kvfabric_client.attention.spans import Alike, Span
 
 MAX_QUERIES = 1024  # of a call
 MAX_VECTOR_BYTES = 512 << 10
@@ -49,6 +49,19 @@ class Call:
     asks: Sequence[Ask]  # one for each of its queries
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A query, one of those `alike` that its node has prepared."""
+
+    asks: Sequence[Ask]  # just one
+    alike: Alike
+    layer: int
+    visible: int
+    vectors: memoryview
+    outputs: int  # numbers of o that come back, and then of
+    lse: int
+
+
 class Operator(Protocol):
     """Makes messages of asks, and takes the answers in."""
 
@@ -62,7 +75,10 @@ class Operator(Protocol):
     def calls(self, asks: Sequence[Ask], deadline_ms: int) -> Iterator[Call]:
         """Cuts what goes to one node into messages within the limits."""
 
-    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+    def again(self, asks: Sequence[Ask]) -> Again | None:
+        """What goes to one node, where that has prepared it."""
+
+    def take(self, asks: Sequence[Ask], answer: Any, node: str, gaps: Sequence[Runs]) -> None:
         """An answer; `gaps`: per ask, what it does not cover. Broken where it is none."""
 
     def compute(self, ask: Ask, some: Fetched) -> None:

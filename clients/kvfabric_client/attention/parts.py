@@ -22,6 +22,7 @@ from kvfabric_client.attention.operator import (
     slices,
 )
 from kvfabric_client.attention.runs import Runs
+from kvfabric_client.attention.spans import Alike
 from kvfabric_client.blocks import Array
 
 
@@ -45,7 +46,7 @@ class Part:
     vectors: Array  # [rows, query heads, key dim], contiguous, as `STORED[dtype]`
     dtype: str
     visible: int
-    positions: NDArray[np.int64]  # of the rows; none: they see all before `visible`
+    positions: NDArray[np.int64]  # of the rows; none: they say no more than `visible`
     tokens: Runs  # of these, what the rows see
 
     @property
@@ -82,19 +83,43 @@ class Part:
         return self.vectors[item.first : item.first + item.rows].data
 
     def asked(self, ask: Ask, options: Options) -> node_pb2.SpanQuery:
-        """As a message; positions and ranges only where they say more than `visible`."""
+        """As a message; ranges only where they say more than `visible`."""
         item, span = ask.item, ask.span
         assert span is not None
-        at = self.positions[item.first : item.first + item.rows]
-        bounded = len(at) and (options.window or int(at.min()) + 1 < self.visible)
-        whole = ask.runs == ([(0, self.visible)] if span.sequence else span.runs)
+        whole = self.whole(ask, options)
         return node_pb2.SpanQuery(
             span=span.id,
             rows=item.rows,
             visible=self.visible,
-            positions=at.tolist() if bounded else (),
+            positions=self.positions[item.first : item.first + item.rows].tolist(),
             ranges=() if whole else [bound for run in ask.runs for bound in run],
         )
+
+    def whole(self, ask: Ask, options: Options) -> bool:
+        """Whether all is asked for that the span has and the rows see."""
+        item, span = ask.item, ask.span
+        assert span is not None
+        if not span.sequence:
+            return ask.runs == span.runs
+        if self.tokens != [(0, self.visible)]:
+            return False
+        return ask.runs == self.seen(options, item.first, item.rows)
+
+    def alike(self, ask: Ask, options: Options) -> Alike | None:
+        """The queries that differ from this one by the layer and by what is visible. None: rows
+        have positions, which no other query will have."""
+        span = ask.span
+        assert span is not None
+        if len(self.positions):
+            return None
+        runs: list[object] = []
+        if not (self.whole(ask, options) and span.sequence):
+            runs = [*ask.runs]
+            first, end = ask.runs[-1]
+            if end == self.visible and ask.runs != span.runs:
+                runs[-1] = first  # it goes on ending there
+        how = (options.scale, options.softcap, options.window, options.sinks)
+        return span.alike((ask.item.rows, self.heads, self.dtype, *how, *runs))
 
 
 def items_of(

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvfabric.attention.floats import STORED
+from kvfabric.attention.masks import Positions
 from kvfabric.attention.merge import Partial
 from kvfabric.attention.shape import AttentionShape, attention_shape
 from kvfabric.errors import Refused
@@ -80,7 +80,7 @@ def vectors_of(given: Any, shape: AttentionShape, *, values: bool = False) -> tu
     return np.ascontiguousarray(array.view(STORED[dtype])), dtype
 
 
-def positions_of(given: Any, rows: int) -> NDArray[np.int64]:
+def positions_of(given: Any, rows: int) -> Positions:
     """Refused unless there is one per row, or none."""
     if given is None:
         return _NOWHERE
@@ -89,6 +89,16 @@ def positions_of(given: Any, rows: int) -> NDArray[np.int64]:
         raise Refused(
             f"positions of shape {list(at.shape)} for {rows} rows; give one each, from 0, or none"
         )
+    return at
+
+
+def telling_positions(at: Positions, visible: int, window: int) -> Positions:
+    """None where they say no more than that rows see what is before `visible`: of rows behind
+    that and, under a window, of rows right behind it."""
+    if len(at):
+        low, high = int(at.min()), int(at.max())
+        if low == high == visible or (low + 1 >= visible and not window):
+            return _NOWHERE
     return at
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvfabric.errors import DeadlineExceeded, FabricError, Unreachable
 from kvfabric.wire.connection import Connection
 from kvfabric_client.attention.answers import Traffic
-from kvfabric_client.attention.operator import Call
+from kvfabric_client.attention.operator import Ask, Call
 from kvfabric_client.deadline import Deadline
 from kvfabric_client.link import Link
 
@@ -24,7 +24,7 @@ class Arrived:
     """What became of one call."""
 
     link: Link
-    call: Call
+    asks: Sequence[Ask]
     answer: Any  # the response, or None where there is an error
     error: FabricError | None
 
@@ -68,8 +68,8 @@ class Lane:
             frame_id = self.connection.begin(self.name, request, self.deadline.at_s)
             self.under_way.append((frame_id, self.waiting.popleft()))
 
-    def fetch(self) -> Arrived:
-        """Its next answer, which is arriving."""
+    def fetch(self) -> Arrived | None:
+        """Its next answer, which is arriving. None: it leads to another message."""
         assert self.connection is not None
         frame_id, call = self.under_way[0]
         answer, failure = None, None
@@ -83,7 +83,7 @@ class Lane:
             failure = error
         self.under_way.popleft()
         self.ended_s = time.monotonic()
-        return Arrived(self.link, call, answer, failure)
+        return Arrived(self.link, call.asks, answer, failure)
 
     def fail(self, error: FabricError) -> list[Arrived]:
         """Nothing more comes from this node: what its other calls come to."""
@@ -92,7 +92,7 @@ class Lane:
             self.connection.close()  # else late answers would come before later ones
         self.under_way.clear()
         self.waiting.clear()
-        return [Arrived(self.link, call, None, error) for call in rest]
+        return [Arrived(self.link, call.asks, None, error) for call in rest]
 
     def end(self) -> int:
         """Gives the connection back; answers how many bytes went over it."""

@@ -24,6 +24,23 @@ from kvfabric_client.deadline import Deadline
 from kvfabric_client.link import Link
 
 CLOSE_S = 1.0
+MOST_ALIKE = 64  # kinds of queries that are remembered of a span
+
+
+@dataclass(slots=True)
+class Alike:
+    """Queries of one span that one preparation serves. `number`: as the node has it; 0: not."""
+
+    number: int = 0
+    asked: bool = False  # one of them
+    pays: bool = True  # whether the short way is there
+
+    def prepare(self) -> bool:
+        """Whether the one that is asked now shall be prepared: not the first, which may be the
+        only one."""
+        before, self.asked = self.asked, True
+        return before and self.pays and not self.number
+
 
 _left: weakref.WeakKeyDictionary[Link, deque[int]] = weakref.WeakKeyDictionary()
 """Spans, by session, that nobody has any more and nobody has closed."""
@@ -41,6 +58,15 @@ class Span:
     id: int = 0  # 0: not opened yet
     keys: dict[int, Key] = field(default_factory=dict)  # by their first token
     runs: Runs = field(default_factory=list)  # of these
+    _alike: dict[object, Alike] = field(default_factory=dict)  # by what they have in common
+
+    def alike(self, common: object) -> Alike:
+        found = self._alike.get(common)
+        if found is None:
+            if len(self._alike) >= MOST_ALIKE:
+                self._alike.clear()
+            found = self._alike[common] = Alike()
+        return found
 
     _left: deque[int] = field(init=False)  # of its session
 

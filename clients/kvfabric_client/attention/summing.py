@@ -89,14 +89,15 @@ class Reduce:
             span=ask.span.id, tokens=tokens[mine].tolist(), weights=weights[mine].tolist()
         )
 
-    def take(self, call: Call, answer: Any, node: str, gaps: Sequence[Runs]) -> None:
+    def again(self, asks: Sequence[Ask]) -> None:
+        """It is not prepared."""
+
+    def take(self, asks: Sequence[Ask], answer: Any, node: str, gaps: Sequence[Runs]) -> None:
         size = self.shape.kv_heads * self._dim
-        if len(answer.outputs) != 4 * size * len(call.asks):
-            raise Broken(
-                f"node {node} answered {len(answer.outputs)} bytes for {len(call.asks)} sums"
-            )
+        if len(answer.outputs) != 4 * size * len(asks):
+            raise Broken(f"node {node} answered {len(answer.outputs)} bytes for {len(asks)} sums")
         outputs = np.frombuffer(answer.outputs, np.float32).reshape(-1, *self.outputs.shape[1:])
-        for ask, output in zip(call.asks, outputs, strict=True):
+        for ask, output in zip(asks, outputs, strict=True):
             self.outputs[ask.item.query] += output
 
     def compute(self, ask: Ask, some: Fetched) -> None:

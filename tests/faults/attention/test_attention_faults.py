@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from tests.faults.attention.conftest import SCALE, Context, assert_right
+from tests.faults.attention.conftest import SCALE, Context, Floats, assert_right
 from tests.faults.conftest import until
 from tests.faults.loans.conftest import BLOCK_TOKENS, HOME_BLOCKS, LAYERS, QUIET_S, Lenders
 
+from kvfabric.attention.merge import Partial
 from kvfabric.errors import FabricError, Retry
 from kvfabric.rpc.v1 import control_pb2
 from kvfabric_client.sequence_reads import Missing
@@ -65,6 +67,34 @@ def test_a_node_killed_between_two_layers_is_told_by_its_tokens_and_computed_aga
         context.check(layer)
     context.sequence.close(drop=True)
     lenders.check_quiet()
+
+
+def test_a_node_killed_while_it_is_asked_the_same_again_and_again(lenders: Lenders) -> None:
+    """What is prepared is right to the last, and then missing."""
+    context = Context(lenders.start().client())
+    queries = context.queries()
+    wanted = [context.expected(layer, queries) for layer in range(LAYERS)]
+    assert_right(context.attend(0, queries), wanted[0])
+    gone = lost_at(context, "west")
+    killer = threading.Timer(0.3, lenders.nodes.pop("west").kill)
+    killer.start()
+    with pytest.raises(Missing) as failure:
+        attend_until(time.monotonic() + SLACK_S, context, queries, wanted)
+    killer.join()
+    assert tokens_of(failure.value) == gone
+    restore(context, failure.value)
+    for layer in range(LAYERS):
+        context.check(layer)
+    context.sequence.close(drop=True)
+    lenders.check_quiet()
+
+
+def attend_until(
+    end_s: float, context: Context, queries: Floats, wanted: Sequence[Partial]
+) -> None:
+    while time.monotonic() < end_s:
+        for layer, partial in enumerate(wanted):
+            assert_right(context.attend(layer, queries), partial)
 
 
 @pytest.mark.exhaustive
