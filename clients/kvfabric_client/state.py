@@ -199,15 +199,19 @@ class State:
             raise _Away(str(error)) from error
 
     def _look_elsewhere(self, failure: _Away, deadline: Deadline) -> None:
-        """Nobody answers where it was: the home node may know where it is."""
+        """Nobody answers where it was: the home node may know where it is, or come to know."""
         if not self._at:
             raise failure
         request = node_pb2.ReadStateRequest(namespace_id=self._room.id, name=self.name)
-        said = self._ask("read_state", request, "", deadline)
-        if said.node:
-            self._at = self._address(said.node, deadline)
-        elif said.version:
-            self._at = ""
+        try:
+            said = self._ask("read_state", request, "", deadline)
+            there = self._address(said.node, deadline) if said.node else ""
+        except (Unreachable, DeadlineExceeded):
+            raise
+        except Retry:
+            return
+        if there or said.version:
+            self._at = there
         elif self._at != self._first:  # it has ended with that node
             self._at = self._first
         else:

@@ -8,13 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+import kvfabric_client
 from kvfabric.errors import Conflict, FabricError, Retry
+from kvfabric.manager.service import ManagerServer
+from kvfabric.types import Namespace
 from kvfabric_client import Room, StateConflict
 from kvfabric_client.buffers import Bytes
 from kvfabric_nodes.node import Node
 from kvfabric_nodes.sequences.states import Name
 
-from .conftest import core_of, key, payload
+from .conftest import Start, address, core_of, key, payload
+from .test_outgrown import manager, wait_connected, wait_for
+
+__all__ = ["manager"]  # fixture
 
 
 def test_a_value_is_put_read_and_replaced(room: Room) -> None:
@@ -102,3 +108,20 @@ def test_a_state_that_has_left_is_not_made_anew_before_the_manager_knows(
     with pytest.raises(Retry, match="is at node n1"):
         state.swap(0, key(1), timeout_s=0.2)
     assert node.states.count == 0
+
+
+def test_a_state_that_ended_with_its_node_is_waited_for_until_the_manager_is_sure(
+    start: Start, manager: ManagerServer
+) -> None:
+    nodes = [start(name, manager=manager.address) for name in ("home", "other")]
+    wait_connected(*nodes)
+    with kvfabric_client.connect(address(nodes[0], "unix"), timeout_s=20) as client:
+        room = client.open(Namespace("default", b"f" * 32))
+        room.state("s", at=address(nodes[1], "tcp")).put(b"one", expected=0)
+        state = room.state("s")
+        wait_for(lambda: state.version()[0])  # the home node has sent it there
+        heads = manager._service._core.moving.heads
+        heads.sure_s = manager._service._clock.now() + 5  # as after a start: longer than silence
+        nodes[1].stop()
+        assert state.version() == (0, b"")
+        assert state.put(b"two", expected=0)
