@@ -153,9 +153,8 @@ class Preparations:
         except FabricError as error:
             log.warning("attend_ended", why=str(error), kind=kind)
             return
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", RECORD_S, 0))
-        self._native.kvfabric_serve(self._table, sock.fileno(), session.id)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", RECORD_S, 0))
+        self._native.kvfabric_serve(self._table, sock.fileno(), session.id, RECORD_S * 10**9)
 
     def _add(self, entry: _Entry) -> None:
         self._entries.append(entry)

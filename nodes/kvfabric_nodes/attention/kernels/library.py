@@ -102,7 +102,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "kvfabric_counts": (None, [_pointer, ctypes.POINTER(Counts)]),
     "kvfabric_turn_take": (None, [_pointer]),
     "kvfabric_turn_give": (None, [_pointer]),
-    "kvfabric_serve": (ctypes.c_int, [_pointer, ctypes.c_int, _int64]),
+    "kvfabric_serve": (ctypes.c_int, [_pointer, ctypes.c_int, _int64, _int64]),
 }
 
 

@@ -40,8 +40,9 @@ PUBLIC void kvfabric_counts(table *t, prepared_counts *counts);
 PUBLIC void kvfabric_turn_take(table *t);
 PUBLIC void kvfabric_turn_give(table *t);
 
-/* Serves a connection until it ends, or does not speak the protocol (see proto/README.md). */
-PUBLIC int kvfabric_serve(table *t, int socket, int64_t owner);
+/* Serves a connection until it ends, or does not speak the protocol (see proto/README.md), or takes
+ * longer than `record_ns` to send the rest of a record or to fetch an answer. */
+PUBLIC int kvfabric_serve(table *t, int socket, int64_t owner, int64_t record_ns);
 
 /* For the connections: 0, or what they may compute until they leave it. */
 const prepared *table_enter(table *t, int64_t id, int64_t owner);

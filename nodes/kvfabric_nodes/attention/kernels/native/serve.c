@@ -28,38 +28,51 @@ typedef struct {
 typedef struct {
     table *table;
     int socket;
-    int64_t owner;
+    int64_t owner, record_ns; /* for a record to come, and for its answer to be fetched */
     char *vectors, *out; /* HEAD bytes, then o and lse */
     int64_t *lo, *hi;
 } connection;
 
-/* Whether all of it came; a socket's own time limit counts from its first byte. */
-static int receive(int socket, void *place, size_t bytes) {
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Whether it may be read or written now; `ms`: to wait at most, -1: for ever. */
+static int await(int socket, short events, int ms) {
+    struct pollfd one = {.fd = socket, .events = events};
+    int n;
+    while ((n = poll(&one, 1, ms)) < 0 && errno == EINTR) {}
+    return n > 0;
+}
+
+/* Whether all of it came in time. A single call ends by the socket's own time limit. */
+static int receive(int socket, void *place, size_t bytes, int64_t until_ns) {
     char *at = place;
     while (bytes) {
         ssize_t n = recv(socket, at, bytes, MSG_WAITALL);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return 0;
         at += n, bytes -= (size_t)n;
+        if (bytes && now_ns() > until_ns) return 0;
     }
     return 1;
 }
 
-static int send_all(int socket, const char *at, size_t bytes) {
+/* Whether all of it went in time. */
+static int send_all(int socket, const char *at, size_t bytes, int64_t until_ns) {
     while (bytes) {
-        ssize_t n = send(socket, at, bytes, MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return 0;
-        at += n, bytes -= (size_t)n;
+        ssize_t n = send(socket, at, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n > 0) {
+            at += n, bytes -= (size_t)n;
+            continue;
+        }
+        int64_t left_ms = (until_ns - now_ns()) / 1000000;
+        if (errno == EINTR) continue;
+        if (errno != EAGAIN || left_ms <= 0 || !await(socket, POLLOUT, (int)left_ms)) return 0;
     }
     return 1;
-}
-
-static int await(int socket) {
-    struct pollfd one = {.fd = socket, .events = POLLIN};
-    int n;
-    while ((n = poll(&one, 1, -1)) < 0 && errno == EINTR) {}
-    return n > 0;
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -81,12 +94,6 @@ static int64_t seen_tokens(const attend_call *call, int64_t lo, int64_t hi) {
     return tokens;
 }
 
-static int64_t elapsed_ns(const struct timespec *since) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (now.tv_sec - since->tv_sec) * 1000000000LL + now.tv_nsec - since->tv_nsec;
-}
-
 static int is_askable(const prepared *p, const request *r) {
     const attend_call *call = &p->call;
     int64_t size = call->q_element == FLOAT32 ? 4 : 2;
@@ -106,10 +113,9 @@ static int compute(const connection *c, const prepared *p, const request *r, ans
     call.lo = c->lo, call.hi = c->hi;
     call.o = (float *)(c->out + HEAD);
     call.lse = (float *)(c->out + HEAD + o_bytes);
-    struct timespec began;
-    clock_gettime(CLOCK_MONOTONIC, &began);
+    int64_t began_ns = now_ns();
     int status = kvfabric_attend(&call);
-    a->kernel_ns = elapsed_ns(&began);
+    a->kernel_ns = now_ns() - began_ns;
     kvfabric_turn_give(c->table);
     if (status != OK) return BUSY; /* no memory: another way has its own errors */
     int64_t token = call.key_dim + (call.values == call.keys ? 0 : call.value_dim);
@@ -136,15 +142,17 @@ static answer answer_to(const connection *c, const request *r) {
 
 static int serve_one(const connection *c) {
     request r;
-    if (!await(c->socket) || !receive(c->socket, &r, sizeof r)) return 0;
-    if (r.bytes > MOST_VECTORS || !receive(c->socket, c->vectors, r.bytes)) return 0;
+    if (!await(c->socket, POLLIN, -1)) return 0;
+    int64_t until_ns = now_ns() + c->record_ns;
+    if (!receive(c->socket, &r, sizeof r, until_ns)) return 0;
+    if (r.bytes > MOST_VECTORS || !receive(c->socket, c->vectors, r.bytes, until_ns)) return 0;
     answer *a = (answer *)(c->out + HEAD) - 1;
     *a = answer_to(c, &r);
-    return send_all(c->socket, (const char *)a, sizeof *a + a->bytes);
+    return send_all(c->socket, (const char *)a, sizeof *a + a->bytes, now_ns() + c->record_ns);
 }
 
-int kvfabric_serve(table *t, int socket, int64_t owner) {
-    connection c = {.table = t, .socket = socket, .owner = owner};
+int kvfabric_serve(table *t, int socket, int64_t owner, int64_t record_ns) {
+    connection c = {.table = t, .socket = socket, .owner = owner, .record_ns = record_ns};
     int64_t bounds = 2 * (int64_t)sizeof(int64_t) * MOST_ROWS;
     char *memory = aligned_alloc(64, HEAD + MOST_OUTPUTS + MOST_VECTORS + (size_t)bounds);
     if (!memory) return NO_MEMORY;

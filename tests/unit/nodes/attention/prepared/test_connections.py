@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,10 +14,15 @@ from tests.unit.client.conftest import Start, address
 from tests.unit.client.test_deadlines import eventually
 from tests.unit.client.test_grpc import Guest
 from tests.unit.nodes.attention.asking import Asker, asker, ids, opening
-from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, Again, over, soon
+from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, TIMEOUT_S, Again, over, soon
 
 from kvfabric.errors import DeadlineExceeded, Unreachable
 from kvfabric_client.prepared import PreparedConnection
+from kvfabric_nodes import node as node_module
+from kvfabric_nodes.attention import prepared
+from kvfabric_nodes.attention.kernels.choice import Kernels
+from kvfabric_nodes.attention.kernels.native import NativeKernel
+from kvfabric_nodes.attention.kernels.reference import ReferenceKernel
 from kvfabric_nodes.node import Node
 
 
@@ -31,6 +37,43 @@ def test_a_record_that_is_none_ends_its_connection(
         connection.finish(soon())
     assert not connection.usable
     assert ask.client.stats().node, "the session goes on"
+
+
+@pytest.fixture
+def hurried(start: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Again]:
+    """Of a node that soon loses its patience, and prepares queries of many rows too."""
+    monkeypatch.setattr(prepared, "RECORD_S", 1)
+    kernels = Kernels([NativeKernel(1)], ReferenceKernel())
+    monkeypatch.setattr(node_module, "cpu_kernels", lambda threads: kernels)
+    with asker(address(start(), "unix")) as ask:
+        ask.client.stats()
+        again = Again(ask)
+        yield again
+        again.connection.close()
+
+
+def test_a_record_that_comes_byte_by_byte_ends_its_connection(hurried: Again) -> None:
+    record, until_s = struct.pack("<qqII", 1, 1, 0, 4096) + bytes(4096), soon()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < until_s:
+            hurried.connection._sock.sendall(record[:1])
+            record = record[1:]
+            time.sleep(0.01)
+        pytest.fail("it has time for ever")
+
+
+def test_an_answer_that_is_fetched_bit_by_bit_ends_its_connection(hurried: Again) -> None:
+    with hurried.ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(40), CONTEXT[..., :40, :])
+        call = over(hurried.ask.span_of(FORM, sequence.id), 40, count=4000)
+        hurried.begin(hurried.prepare(call), call)
+        left = 32 + 4000 * 4 * 9 * 4
+        sock = hurried.connection._sock
+        sock.settimeout(TIMEOUT_S)
+        while left and (got := len(sock.recv(16 << 10))):
+            left -= got
+            time.sleep(0.25)
+        assert left
 
 
 def test_it_ends_with_its_session(node: Node) -> None:
