@@ -25,6 +25,7 @@ REMOTE_TOKENS: Final = LENGTHS["16k"]
 ADDED: Final = "remote_added_16k"
 TOTAL: Final = "remote_total_16k"
 REMOTE: Final = (ADDED, TOTAL)
+SDK: Final = "sdk_added_16k"
 LIMITED: Final = "_10gbit"
 RACE: Final = "attend_over_fetch_16k"
 CROSSOVER: Final = "crossover"
@@ -34,7 +35,7 @@ STACKED_REQUESTS: Final = 16
 STACKED_TOKENS: Final = 8 << 10
 STACKED: Final = ("stacked_16x8k_bf16", "stacked_16x8k_fp32")
 WIRE: Final = "wire_bytes"
-NAMES: Final = (*KERNELS, *REMOTE, *FETCH, *FETCH_LIMITED, *STACKED, WIRE)
+NAMES: Final = (*KERNELS, *REMOTE, SDK, *FETCH, *FETCH_LIMITED, *STACKED, WIRE)
 
 _FLOORS: Final = {"bfloat16": (0.50, 0.40), "float16": (0.50, 0.40), "float32": (0.70, 0.55)}
 _TARGETS: Final[dict[str, Target]] = {

@@ -19,12 +19,14 @@ from kvfabric_client.bench.attention.plan import (
     KERNELS,
     NAMES,
     REMOTE,
+    SDK,
     STACKED,
     WIRE,
     Plan,
 )
 from kvfabric_client.bench.attention.reading import Reader
 from kvfabric_client.bench.attention.remote import Remote
+from kvfabric_client.bench.attention.sdk import Sdk
 from kvfabric_client.bench.attention.shapes import SHARD_BYTES
 from kvfabric_client.bench.attention.stacking import Stacking
 from kvfabric_client.bench.attention.wire import Wire
@@ -74,8 +76,10 @@ def _here(plan: Plan, advance: Advance, facts: dict[str, object]) -> list[Row]:
                 rows += run_rounds(kernels.cases(names), plan.rounds, advance)
             facts["kernels"] = kernels.chosen
         bare = owned.enter_context(_bare("127.0.0.1"))
+        sdk = owned.enter_context(contextlib.closing(Sdk(field, bare)))
         cases = [
             *Remote(field, bare).cases(plan.named(REMOTE)),
+            *sdk.cases(plan.named([SDK])),
             *Race(field, bare).cases(plan.named(FETCH)),
             *Stacking(field).cases(plan.named(STACKED)),
         ]
