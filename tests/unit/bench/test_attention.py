@@ -10,12 +10,21 @@ import pytest
 
 from kvfabric.errors import Refused
 from kvfabric_client.bench.attention.hosts import FarHost, why_not
-from kvfabric_client.bench.attention.plan import ADDED, CROSSOVER, LIMITED, RACE, TOTAL, WIRE, Plan
+from kvfabric_client.bench.attention.plan import (
+    ADDED,
+    CROSSOVER,
+    LIMITED,
+    RACE,
+    SDK,
+    TOTAL,
+    WIRE,
+    Plan,
+)
 from kvfabric_client.bench.attention.run import run
 
 MIB = 1 << 20
 KERNEL = "kernel_bf16_d64_g3_16k"
-HERE = [KERNEL, ADDED, TOTAL, RACE, CROSSOVER, "stacked_16x8k_bf16", WIRE]
+HERE = [KERNEL, ADDED, TOTAL, SDK, RACE, CROSSOVER, "stacked_16x8k_bf16", WIRE]
 
 
 def test_a_run_gives_every_figure_beside_its_limit() -> None:
