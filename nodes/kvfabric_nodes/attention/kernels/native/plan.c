@@ -21,7 +21,8 @@ static void keep_seen_pieces(plan *pl) {
         int64_t first = call->first[i], after = first + call->tokens[i];
         if (first >= end || (after <= lowest && first >= call->sinks)) continue;
         pl->piece[pl->pieces] = i;
-        pl->before[pl->pieces + 1] = pl->before[pl->pieces] + call->tokens[i];
+        /* What lies behind all that is seen is not read: it may be being written. */
+        pl->before[pl->pieces + 1] = pl->before[pl->pieces] + least(after, end) - first;
         pl->pieces++;
     }
 }

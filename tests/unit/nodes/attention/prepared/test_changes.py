@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.client.conftest import Start, address, core_of
 from tests.unit.client.test_deadlines import eventually
-from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, ids, kv, rows
+from tests.unit.nodes.attention.asking import Array, Asker, Call, Query, asker, ids, kv, rows
 from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, TIMEOUT_S, Again, over, soon
 
 from kvfabric.types import Format
@@ -118,6 +119,34 @@ def test_bytes_that_are_freed_are_not_used_again_while_it_is_computed(start: Sta
         again.connection.close()
         assert any(held)
         assert eventually(lambda: not core_of(node).books().quarantined_bytes)
+
+
+def test_what_is_being_written_behind_what_it_sees_reaches_no_number(
+    ask: Asker, again: Again, node: Node
+) -> None:
+    form = Format("float32", block_tokens=120, layers=1, kv_heads=1, head_dim=64)
+    context, over_s = kv(form, 40), time.monotonic() + 1
+    with ask.room.sequence(form) as sequence:
+        sequence.append(ids(40), context)
+        query = [Query(ask.span_of(form, sequence.id), rows(form, 1), 40, context)]
+        call = Call(form, query, value_dim=64)
+        number = again.prepare(call)
+        (tail,) = node.sequences.all[sequence.id].tails
+        view = node.sequence_calls.room.view(tail.extent, node.sequences.all[sequence.id].shape)
+        behind = np.frombuffer(view, np.float32).reshape(2, 120, 64)[:, 40:]  # of keys and of values
+        with ThreadPoolExecutor(1) as thread:
+            writer = thread.submit(_flicker, behind, over_s)
+            while not writer.done():
+                done = again(number, call)
+                assert isinstance(done, Computed)
+                assert np.isfinite(done.numbers).all()
+        again.check(number, call)
+
+
+def _flicker(place: Array, until_s: float) -> None:
+    while time.monotonic() < until_s:
+        place[:] = np.nan
+        place[:] = 0
 
 
 def test_it_lasts_a_while(ask: Asker, again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
