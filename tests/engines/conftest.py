@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,17 @@ class Answer:
     cached: int  # prompt tokens that were not computed
     transfer: dict[str, Any] | None = None  # kv_transfer_params of the answer
     finish: str = ""  # why it ended
+    others: list[list[int]] = field(default_factory=list)  # where several were asked for
 
 
 class Engine(Child):
     """A vLLM engine with the connector."""
 
-    def ask(self, *prompts: list[int], max_tokens: int = 8) -> list[Answer]:
-        self.begin(*prompts, max_tokens=max_tokens)
+    def ask(
+        self, *prompts: list[int], max_tokens: int = 8, salt: str = "", **params: Any
+    ) -> list[Answer]:
+        """`params`: further ones of vLLM's SamplingParams."""
+        self.begin(*prompts, max_tokens=max_tokens, salt=salt, **params)
         return self.answers()
 
     def hand(self, transfer: dict[str, Any], prompt: list[int], max_tokens: int = 8) -> Answer:
@@ -101,8 +105,20 @@ class Engine(Child):
         self.write({"loaded": True})
         return int(self.read(ANSWER_TIMEOUT_S))
 
-    def begin(self, *prompts: list[int], max_tokens: int = 8) -> None:
-        self.write({"prompts": prompts, "max_tokens": max_tokens})
+    def begin(
+        self, *prompts: list[int], max_tokens: int = 8, salt: str = "", **params: Any
+    ) -> None:
+        self.write({"prompts": prompts, "max_tokens": max_tokens, "salt": salt, "params": params})
+
+    def abort(self, *prompts: list[int], max_tokens: int, after_steps: int) -> None:
+        """Have the engine compute some steps of these, and then abort them."""
+        self.write({"prompts": prompts, "max_tokens": max_tokens, "abort": after_steps})
+        assert self.read(ANSWER_TIMEOUT_S) is True
+
+    def preempted(self) -> int:
+        """Requests since the start; of an engine with `disable_log_stats=False`."""
+        self.write({"preempted": True})
+        return int(self.read(ANSWER_TIMEOUT_S))
 
     def answers(self) -> list[Answer]:
         return [Answer(**answer) for answer in self.read(ANSWER_TIMEOUT_S)]
@@ -154,6 +170,11 @@ class MemoryNode(Child):
 
     def shards(self) -> int:
         return sum(tier.shards for tier in self.stats().tiers)
+
+    def counter(self, name: str) -> float:
+        """The sum of what all labels of one metric have."""
+        counters = self.stats().counters
+        return sum(each.value for each in counters if each.name.split("{")[0] == name)
 
     def is_at_rest(self) -> bool:
         """Whether the books balance, and nobody holds or awaits anything."""
@@ -213,7 +234,7 @@ def until() -> Callable[..., None]:
     return _until
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prompt() -> Callable[[int, int], list[int]]:
     """prompt(tokens, seed): token ids; other seeds share no block."""
     return lambda tokens, seed: random.Random(seed).choices(range(2, 300), k=tokens)
@@ -222,6 +243,11 @@ def prompt() -> Callable[[int, int], list[int]]:
 @pytest.fixture
 def start_node(tmp_path: Path) -> Iterator[Callable[..., MemoryNode]]:
     """start_node(memory="256MiB", name="n0", manager=""): always under the same path."""
+    yield from node_starter(tmp_path)
+
+
+def node_starter(tmp_path: Path) -> Iterator[Callable[..., MemoryNode]]:
+    """What the fixture gives, for fixtures of another scope."""
     nodes: list[MemoryNode] = []
     folder = tmp_path / "run"
     folder.mkdir(mode=0o700)
@@ -241,8 +267,14 @@ def start_engine(
     tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Engine]]:
     """start_engine(home, extra={...}, **arguments of vllm.LLM)."""
+    yield from engine_starter(tiny_model, tmp_path, tmp_path_factory.getbasetemp() / "cache")
+
+
+def engine_starter(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> Iterator[Callable[..., Engine]]:
+    """What the fixture gives, for fixtures of another scope."""
     engines: list[Engine] = []
-    cache = tmp_path_factory.getbasetemp() / "cache"
 
     def start(
         home: str, model: Path = tiny_model, extra: dict[str, Any] | None = None, **given: Any

@@ -4,6 +4,7 @@ also attend it.
     LLM(
         ...,
         enable_prefix_caching=False,
+        scheduler_cls="kvfabric_client.integrations.vllm_context.scheduler.ContextScheduler",
         kv_transfer_config=KVTransferConfig(
             kv_connector="KVFabricContextConnector",
             kv_connector_module_path="kvfabric_client.integrations.vllm_context",
@@ -14,7 +15,8 @@ also attend it.
 
 Made for vLLM 0.32 on CPU. The engine keeps blocks for the tokens of a step alone, so a request is
 as long as the fabric has room; what the fabric holds of its prefix is not computed. A request whose
-KV is lost ends with an error, and finds what is left of it when it is sent again.
+KV is lost is computed again from there on; with vLLM's own scheduler it ends with an error, and
+finds what is left of it when it is sent again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from kvfabric.errors import Refused
 from kvfabric.types import DEFAULT_TENANT
 from kvfabric_client.integrations._vllm_identity import namespace_of
 from kvfabric_client.integrations.vllm_context.contexts import Contexts
-from kvfabric_client.integrations.vllm_context.messages import StepRows
+from kvfabric_client.integrations.vllm_context.messages import Losses, StepRows
 from kvfabric_client.integrations.vllm_context.requests import Requests
 from kvfabric_client.integrations.vllm_context.rooms import Rooms
 from kvfabric_client.integrations.vllm_context.served import form_of, why_not_attended
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -122,7 +125,28 @@ class KVFabricContextConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.contexts.take_failed() if self.contexts is not None else set()
 
+    def build_connector_worker_meta(self) -> Losses | None:
+        lost = self.contexts.take_lost() if self.contexts is not None else {}
+        return Losses(lost) if lost else None
+
     # The scheduler's side.
+
+    def may_begin_again(self, request_id: str) -> bool:
+        """Asked by our scheduler, of a request that `get_block_ids_with_load_errors` told of."""
+        assert self._requests is not None
+        return self._requests.may_begin_again(request_id)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        losses = connector_output.kv_connector_worker_meta
+        if isinstance(losses, Losses):
+            assert self._requests is not None
+            self._requests.lose(losses.first)
+
+    def reset_cache(self) -> bool:
+        """Called when weights change in place."""
+        assert self._requests is not None
+        self._requests.forget()
+        return True
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

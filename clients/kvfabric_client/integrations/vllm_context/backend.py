@@ -1,6 +1,6 @@
 """vLLM's CPU attention, or with this package's connector, attention on fabric nodes.
 
-vLLM is told that each layer needs the last token alone (a sliding window of 1), so that its block
+vLLM is told that each layer needs the last tokens alone (a sliding window), so that its block
 manager frees all older blocks; model and attention know nothing of a window.
 """
 
@@ -85,7 +85,7 @@ class FabricImpl(CPUAttentionBackendImpl):  # type: ignore[misc]  # vllm is unty
         whole = output.view(-1, self.num_heads, self.head_size)
         for block, some in rows.items():
             if block in answers:
-                whole[some] = torch.from_numpy(answers[block].o).to(output.dtype)
+                whole[some] = torch.from_numpy(answers[block]).to(output.dtype)
             else:
                 whole[some] = 0
         return output

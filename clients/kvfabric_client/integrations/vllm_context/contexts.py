@@ -1,7 +1,9 @@
 """The worker's side: a sequence per request, attended and appended to layer by layer.
 
-A request for which that fails is given up: its rows are zero from then on, and the engine is told
-by the block of its last token.
+A request for which that fails is given up. The engine is told by a block that it takes for
+computed, and drops what the step comes to. Of a request's first step it takes none for computed:
+these rows need nothing but each other, and are attended here, so that they are right; the next step
+fails.
 """
 
 from __future__ import annotations
@@ -10,14 +12,21 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from kvfabric.attention.masks import sight
+from kvfabric.attention.merge import Floats
 from kvfabric.errors import Broken, DeadlineExceeded, FabricError, Unreachable
 from kvfabric.types import Format
 from kvfabric_client.attention.answers import Attended
 from kvfabric_client.attention.calls import attend_batch
+from kvfabric_client.attention.local import attend_new
 from kvfabric_client.attention.queries import Query
-from kvfabric_client.integrations.vllm_context.messages import Rows, StepRows
+from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Rows, StepRows
 from kvfabric_client.integrations.vllm_context.rooms import Rooms
 from kvfabric_client.sequence import Sequence as FabricSequence
+from kvfabric_client.sequence_reads import Missing
 
 log = logging.getLogger("vllm.kvfabric")
 
@@ -28,9 +37,9 @@ class Asked:
     tensors in the engine's memory."""
 
     block: int
-    q: object
-    k: object
-    v: object
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 class Contexts:
@@ -42,6 +51,7 @@ class Contexts:
         self._sequences: dict[str, FabricSequence] = {}
         self._step: dict[int, Rows] = {}
         self._failed: set[int] = set()  # blocks, of this step
+        self._lost: dict[str, int] = {}
 
     def begin(self, step: StepRows) -> None:
         """The rows of the step that is computed next; has a sequence ready for each."""
@@ -53,22 +63,30 @@ class Contexts:
                 self._give_up(block, error)
 
     def _ready(self, rows: Rows) -> None:
-        sequence = self._sequences.get(rows.request_id)
-        if sequence is None:
+        if rows.before is not None:
+            self.end([rows.request_id])
             room = self._rooms.room(rows.salt)
-            sequence = room.sequence(self._form, tokens=rows.before)
-            self._sequences[rows.request_id] = sequence
-        if sequence.length > rows.start:  # computed again after a preemption
-            sequence.truncate(rows.start)
-        if sequence.length < rows.start:
-            raise Broken(f"the KV of tokens {sequence.length} to {rows.start - 1} is gone")
+            self._sequences[rows.request_id] = room.sequence(self._form, tokens=rows.before)
+        sequence = self._sequences.get(rows.request_id)
+        length = sequence.length if sequence is not None else 0
+        if length < rows.start:
+            raise Broken(f"the KV of tokens {length} to {rows.start - 1} is gone")
 
     def attend(
         self, layer: int, asked: Sequence[Asked], scale: float, softcap: float
-    ) -> dict[int, Attended]:
+    ) -> dict[int, Floats]:
         """What the rows of this layer come to, by block, with their own KV appended; nothing for
-        requests that were given up."""
+        requests that were given up, where it would matter."""
         alive = [one for one in asked if one.block not in self._failed]
+        found = self._attend(layer, alive, scale, softcap) if alive else {}
+        for one in asked:
+            if one.block in self._failed and not self._step[one.block].start:
+                found[one.block] = _attend_alone(one, scale, softcap)
+        return found
+
+    def _attend(
+        self, layer: int, alive: Sequence[Asked], scale: float, softcap: float
+    ) -> dict[int, Floats]:
         try:
             answers = attend_batch(
                 [self._query(one) for one in alive], layer=layer, scale=scale, softcap=softcap
@@ -76,15 +94,15 @@ class Contexts:
         except FabricError as error:
             if len(alive) > 1 and not isinstance(error, (DeadlineExceeded, Unreachable)):
                 # One that finds no room, say: what it gives back is room for the others.
-                alone = (self.attend(layer, [one], scale, softcap) for one in alive)
+                alone = (self._attend(layer, [one], scale, softcap) for one in alive)
                 return {block: answer for one in alone for block, answer in one.items()}
             for one in alive:
                 self._give_up(one.block, error)
             return {}
-        found: dict[int, Attended] = {}
+        found: dict[int, Floats] = {}
         for one, answer in zip(alive, answers, strict=True):
             if isinstance(answer, Attended):
-                found[one.block] = answer
+                found[one.block] = answer.o
             else:
                 self._give_up(one.block, answer)
         return found
@@ -97,14 +115,21 @@ class Contexts:
 
     def _give_up(self, block: int, error: FabricError) -> None:
         rows = self._step[block]
-        log.error("kvfabric: request %s ends with an error: %s", rows.request_id, error)
+        log.error("kvfabric: request %s cannot use its KV: %s", rows.request_id, error)
         self._failed.add(block)
+        if isinstance(error, Missing):
+            self._lost[rows.request_id] = error.ranges[0].start
         self.end([rows.request_id])
 
     def take_failed(self) -> set[int]:
-        """Blocks of the requests that were given up in this step."""
+        """Of each request that was given up in this step the block that says so."""
         failed, self._failed = self._failed, set()
-        return failed
+        return {self._step[block].held for block in failed} - {NO_BLOCK}
+
+    def take_lost(self) -> dict[str, int]:
+        """By request of which that is known, the first token that is lost."""
+        lost, self._lost = self._lost, {}
+        return lost
 
     def end(self, request_ids: Iterable[str]) -> None:
         """Their sealed blocks stay as cache."""
@@ -116,3 +141,10 @@ class Contexts:
     def close(self) -> None:
         self.end(list(self._sequences))
         self._rooms.close()
+
+
+def _attend_alone(asked: Asked, scale: float, softcap: float) -> Floats:
+    """The rows of a context that has no others."""
+    q, k, v = (np.asarray(each.float()) for each in (asked.q, asked.k, asked.v))
+    at = np.arange(len(q))
+    return attend_new(q, k, v, at, sight(len(q), at, len(q)), scale, softcap).o

@@ -1,10 +1,15 @@
-"""What the scheduler's side tells the worker's in each step."""
+"""What the scheduler's side and the worker's tell each other in each step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+NO_BLOCK = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +20,8 @@ class Rows:
     salt: bytes  # of its namespace
     start: int  # position of the first
     token_ids: list[int]
-    before: list[int]  # ids of the tokens before, where the request begins or comes back; else none
+    before: list[int] | None  # ids of the tokens before, where it begins or begins again
+    held: int  # the engine's block of the token before, or NO_BLOCK
 
 
 @dataclass
@@ -23,3 +29,13 @@ class StepRows(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not typed 
     """By the engine's block that holds a request's last token of the step: nobody else has it."""
 
     by_block: dict[int, Rows] = field(default_factory=dict)
+
+
+@dataclass
+class Losses(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """By request the first token whose KV is nowhere, whatever the fabric believes to have."""
+
+    first: dict[str, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        return Losses(self.first | other.first)

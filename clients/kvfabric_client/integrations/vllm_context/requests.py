@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvfabric.errors import FabricError
 from kvfabric.types import Format
-from kvfabric_client.integrations.vllm_context.messages import Rows, StepRows
+from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Rows, StepRows
 from kvfabric_client.integrations.vllm_context.rooms import Rooms
 from kvfabric_client.sequence import Sequence
 
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.kvfabric")
 
+LOSSES = 3  # of its KV after which a request is computed again; then it ends with an error
+
 
 @dataclass(slots=True)
 class _Tracked:
     request: Request
     salt: bytes
     prefix: Sequence | None = None  # keeps what was matched until the request is over
-    stored: int = 0  # tokens whose KV lies in the fabric
+    stored: int = 0  # tokens of its prefix whose KV lay in the fabric when it was looked up
     begun: bool = False  # the worker has its sequence
+    losses: int = 0
+    lost: int | None = None  # the first token of which the worker could not read the KV
     blocks: list[int] = field(default_factory=list)
 
 
@@ -37,31 +41,38 @@ class Requests:
         self._rooms = rooms
         self._form = form
         self._tracked: dict[str, _Tracked] = {}
+        self._weights = b""  # in each salt; changes with them
 
     def match(self, request: Request, computed_tokens: int) -> int:
         """Tokens beyond `computed_tokens`, in whole blocks, that need not be computed; leaves one.
 
-        Of a request that was preempted: what it has had computed before.
+        Of a request that was preempted: what there is of what it has had computed.
         """
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = _Tracked(request, _salt_of(request))
+            tracked = _Tracked(request, self._weights + _salt_of(request))
             self._tracked[request.request_id] = tracked
+            tracked.stored = self._open(tracked)
+        elif tracked.begun:
+            tracked.begun = False
             tracked.stored = self._open(tracked)
         block = self._form.block_tokens
         usable = min(tracked.stored, int(request.num_tokens) - 1) // block * block
         return max(0, usable - computed_tokens)
 
     def _open(self, tracked: _Tracked) -> int:
-        """How much of its prompt the fabric holds; it stays while the request lives."""
-        ids = list(tracked.request.all_token_ids)
+        """How much of its tokens the fabric holds; it stays while the request lives."""
+        ids, before = list(tracked.request.all_token_ids), tracked.prefix
         try:
             tracked.prefix = self._rooms.room(tracked.salt).sequence(self._form, tokens=ids)
         except FabricError as error:
             log.warning("kvfabric: a prefix was not looked up: %s", error)
             self._rooms.close()  # and opened again for the next one
             return 0
-        return tracked.prefix.length
+        if before is not None:
+            before.close()
+        lost, tracked.lost = tracked.lost, None
+        return tracked.prefix.length if lost is None else min(lost, tracked.prefix.length)
 
     def step(self, output: SchedulerOutput) -> StepRows:
         """The rows of the step that is about to be computed."""
@@ -87,10 +98,32 @@ class Requests:
     def _rows(self, request_id: str, start: int, tokens: int) -> tuple[int, Rows]:
         tracked = self._tracked[request_id]
         ids, end = tracked.request.all_token_ids, start + tokens
-        before = [] if tracked.begun else list(ids[:start])
-        tracked.begun, tracked.stored = True, end
-        rows = Rows(request_id, tracked.salt, start, list(ids[start:end]), before)
-        return tracked.blocks[(end - 1) // self._form.block_tokens], rows
+        before = None if tracked.begun else list(ids[:start])
+        tracked.begun = True
+        block = self._form.block_tokens
+        held = tracked.blocks[(start - 1) // block] if start else NO_BLOCK
+        rows = Rows(request_id, tracked.salt, start, list(ids[start:end]), before, held)
+        return tracked.blocks[(end - 1) // block], rows
+
+    def may_begin_again(self, request_id: str) -> bool:
+        """Whether a request that has lost its KV may be computed again; counts it."""
+        tracked = self._tracked[request_id]
+        tracked.losses += 1
+        return tracked.losses <= LOSSES
+
+    def lose(self, first: dict[str, int]) -> None:
+        """By request the first token that is lost, even where a node is still believed to have it:
+        one that died is missed a little later."""
+        for request_id, token in first.items():
+            if request_id in self._tracked:
+                self._tracked[request_id].lost = token
+
+    def forget(self) -> None:
+        """The weights have changed in place: what is computed from now on is not shared with what
+        was computed before, nor with other engines."""
+        self._weights = secrets.token_bytes(16)
+        for tracked in self._tracked.values():
+            tracked.salt, tracked.stored = self._weights + _salt_of(tracked.request), 0
 
     def finished(self, request: Request) -> None:
         tracked = self._tracked.pop(request.request_id, None)

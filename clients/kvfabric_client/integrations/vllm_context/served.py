@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-WINDOW = 1  # tokens that the engine believes to need, besides those of a step
+WINDOW = 2
+"""Tokens that the engine believes a row to need, its own counted. So it keeps the block of the one
+before a step, by which it is told that a request cannot go on."""
 
 
 def why_not_attended(config: VllmConfig, kv_cache: KVCacheConfig) -> str:
@@ -32,8 +34,8 @@ def why_not_attended(config: VllmConfig, kv_cache: KVCacheConfig) -> str:
         ),
         "its own prefix cache would count tokens whose KV it no longer has; set "
         "enable_prefix_caching=False": bool(cache.enable_prefix_caching),
-        "kv_load_failure_policy must be 'fail': what is lost in the middle of a context is not "
-        "computed within a running request": (
+        "kv_load_failure_policy must be 'fail': with 'recompute' vLLM would go on behind the "
+        "tokens whose KV is lost; it is scheduler_cls that has them computed": (
             config.kv_transfer_config.kv_load_failure_policy != "fail"
         ),
         "the plugin 'kvfabric' was not loaded, or a layer does not attend the whole context; "
