@@ -146,6 +146,26 @@ class KernelContract(abc.ABC):
             lse_error = np.abs(part.lse[~sees] - made.expected.lse[~sees])
             assert (lse_error <= self.lse_error * (1 + np.abs(made.expected.lse[~sees]))).all()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_query_that_is_no_number_has_no_answer_and_others_have_theirs(
+        self, dtype: str
+    ) -> None:
+        case = dataclasses.replace(HALF_SEEN, dtype=dtype)
+        made, kernel = scattered(case), self.kernel()
+        if kernel.refuses(made.work):
+            pytest.skip("it leaves this to others")
+        queries = made.work.queries.copy()
+        queries[1, 2, 5:6] = narrowed(np.array([np.nan], np.float32), dtype)
+        part = kernel.attend(dataclasses.replace(made.work, queries=queries))
+        spoilt = np.zeros(made.expected.lse.shape, bool)
+        spoilt[1, 2] = True
+        assert np.isnan(part.o[spoilt]).all()
+        assert np.isnan(part.lse[spoilt]).all()
+        assert np.abs(part.o[~spoilt] - made.expected.o[~spoilt]).max() <= self.o_error
+        none = scattered(dataclasses.replace(case, pieces=()))
+        nothing = kernel.attend(dataclasses.replace(none.work, queries=queries))
+        assert (nothing.lse == -np.inf).all()
+
     def compare(self, case: Case) -> None:
         made, kernel = scattered(case), self.kernel()
         if kernel.refuses(made.work):

@@ -12,6 +12,8 @@
 #define MOST_THREADS 256
 #define THREAD_BYTES (1 << 20) /* to read, 70 us: for less, starting another takes as long */
 
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 typedef struct {
     const plan *plan;
     _Atomic int64_t next; /* item */
@@ -86,6 +88,36 @@ static void work_together(job *j, int threads) {
     while (started > 0) pthread_join(others[--started], 0);
 }
 
+/* All of the exponent's bits: infinite, or no number. */
+static int is_finite(const void *numbers, int64_t i, int element) {
+    const uint32_t *wide = numbers;
+    const uint16_t *narrow = numbers;
+    if (element == FLOAT32) return (wide[i] & 0x7f800000) != 0x7f800000;
+    uint16_t exponent = element == BFLOAT16 ? 0x7f80 : 0x7c00;
+    return (narrow[i] & exponent) != exponent;
+}
+
+static int sees_any(const attend_call *call, int64_t row) {
+    int64_t hi = call->hi[row], lo = call->lo[row];
+    for (int64_t i = 0; i < call->pieces; i++) {
+        int64_t first = call->first[i], end = first + call->tokens[i];
+        if (first < least(end, hi) && (first < call->sinks || least(end, hi) > lo)) return 1;
+    }
+    return 0;
+}
+
+/* A query that is not all numbers has no answer: maxima pass over NaN, as if it saw nothing. */
+static void spoil(const attend_call *call) {
+    const int64_t heads = call->heads, dims = call->key_dim, values = call->value_dim;
+    for (int64_t asked = 0; asked < call->rows * heads; asked++) {
+        int64_t d = 0;
+        while (d < dims && is_finite(call->q, asked * dims + d, call->q_element)) d++;
+        if (d == dims || !sees_any(call, asked / heads)) continue;
+        for (int64_t i = 0; i < values; i++) call->o[asked * values + i] = NAN;
+        call->lse[asked] = NAN;
+    }
+}
+
 static int useful_threads(const plan *pl) {
     int64_t useful = 1 + pl->read_bytes / THREAD_BYTES, threads = pl->call->threads;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
@@ -107,5 +139,6 @@ int kvfabric_attend(const attend_call *call) {
     if (items) work_together(&j, useful_threads(&pl));
     pthread_mutex_destroy(&j.merging);
     plan_end(&pl);
+    spoil(call);
     return atomic_load(&j.next) < items ? NO_MEMORY : OK;
 }

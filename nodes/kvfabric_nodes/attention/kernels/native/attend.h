@@ -2,7 +2,8 @@
  *
  * The keys and values lie in pieces scattered in memory. Query row r sees the key at position t
  * iff t < hi[r] and (t >= lo[r] or t < sinks). Query head h belongs to KV head h / (heads /
- * kv_heads). o is normalised; a row that sees nothing gets o = 0 and lse = -inf. */
+ * kv_heads). o is normalised; a row that sees nothing gets o = 0 and lse = -inf, one that sees
+ * something and whose query is not finite gets NaN. */
 #ifndef KVFABRIC_ATTEND_H
 #define KVFABRIC_ATTEND_H
 

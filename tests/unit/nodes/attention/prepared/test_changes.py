@@ -133,7 +133,9 @@ def test_what_is_being_written_behind_what_it_sees_reaches_no_number(
         number = again.prepare(call)
         (tail,) = node.sequences.all[sequence.id].tails
         view = node.sequence_calls.room.view(tail.extent, node.sequences.all[sequence.id].shape)
-        behind = np.frombuffer(view, np.float32).reshape(2, 120, 64)[:, 40:]  # of keys and of values
+        behind = np.frombuffer(view, np.float32).reshape(2, 120, 64)[
+            :, 40:
+        ]  # of keys and of values
         with ThreadPoolExecutor(1) as thread:
             writer = thread.submit(_flicker, behind, over_s)
             while not writer.done():
