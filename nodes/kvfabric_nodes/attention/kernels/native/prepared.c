@@ -19,6 +19,7 @@ typedef struct {
 
 struct table {
     pthread_mutex_t turn;
+    _Atomic int waiting; /* for it: connections step back then, or they take it again and again */
     int64_t ids, next;
     _Atomic int64_t calls, rows, read_bytes, kernel_ns, busy;
     slot slots[SLOTS];
@@ -81,14 +82,23 @@ const prepared *table_enter(table *t, int64_t id, int64_t owner) {
 
 int table_leave(table *t, int64_t id) {
     slot *s = slot_of(t, id);
+    atomic_thread_fence(memory_order_acquire); /* what it read, it read before this */
     int stood = atomic_load(&s->id) == id && stands(&s->what);
     atomic_fetch_sub(&s->busy, 1);
     return stood;
 }
 
-void kvfabric_turn_take(table *t) { pthread_mutex_lock(&t->turn); }
+void kvfabric_turn_take(table *t) {
+    atomic_fetch_add(&t->waiting, 1);
+    pthread_mutex_lock(&t->turn);
+    atomic_fetch_sub(&t->waiting, 1);
+}
+
 void kvfabric_turn_give(table *t) { pthread_mutex_unlock(&t->turn); }
-int table_try_turn(table *t) { return pthread_mutex_trylock(&t->turn) == 0; }
+
+int table_try_turn(table *t) {
+    return !atomic_load(&t->waiting) && pthread_mutex_trylock(&t->turn) == 0;
+}
 
 void table_count(table *t, const prepared *what, int64_t read_bytes, int64_t ns) {
     atomic_fetch_add(&t->calls, 1);
