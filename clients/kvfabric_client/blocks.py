@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -264,12 +265,17 @@ def _bits_of(shape: BlockShape, value: Any, expected: tuple[int, ...]) -> Array:
             f"KV of shape {list(array.shape)} where {list(expected)} is appended "
             "([..., heads, tokens, head dim]); transpose or cut it"
         )
-    named = array.dtype.name
+    named = _name_of(array.dtype)
     if array.dtype.itemsize != shape.item_bytes or (
         array.dtype.kind in "fi" and named in ITEM_BYTES and named != shape.dtype
     ):
         raise Refused(f"KV of {named} in blocks of {shape.dtype}; convert it first")
     return array.view(BITS[shape.item_bytes])
+
+
+@lru_cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # numpy makes it anew each time
 
 
 def _as_array(shape: BlockShape, value: Any) -> Array:

@@ -59,6 +59,8 @@ class Lane:
 
     def send(self) -> None:
         """As many as may be under way."""
+        if not self.waiting:
+            return
         if self.connection is None:
             self.connection = self.link.take_lane(self.deadline.at_s)
             self._before = self.connection.moved_bytes

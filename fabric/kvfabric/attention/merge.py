@@ -17,6 +17,8 @@ from kvfabric.errors import Refused
 
 Floats = NDArray[np.float32]
 
+_LEAST = np.finfo(np.float32).min
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:
@@ -34,14 +36,13 @@ def combine(parts: Sequence[Partial]) -> Partial:
         return parts[0]
     lses = np.array([part.lse for part in parts])
     most = lses.max(axis=0)
-    weights = np.exp(lses - np.where(most > -np.inf, most, 0))  # 0 for parts that are empty
-    total = weights.sum(axis=0)
-    weights /= np.where(total > 0, total, 1)
+    weights = np.exp(lses - np.maximum(most, _LEAST))  # 0 for parts that are empty
+    total = np.maximum(weights.sum(axis=0), 1)  # it is less only where nothing was seen
+    weights /= total
     o = weights[0][..., None] * parts[0].o
     for weight, part in zip(weights[1:], parts[1:], strict=True):
         o += weight[..., None] * part.o
-    with np.errstate(divide="ignore"):  # log 0: nothing was seen
-        return Partial(o, most + np.log(total))
+    return Partial(o, most + np.log(total))
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

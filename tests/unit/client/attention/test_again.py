@@ -18,6 +18,7 @@ from tests.unit.client.test_deadlines import eventually
 import kvfabric_client
 from kvfabric.types import Format, Namespace
 from kvfabric_client import Client, Missing, Query, Sequence, attend_batch
+from kvfabric_client.link import Link
 from kvfabric_client.prepared import PreparedConnection
 from kvfabric_nodes.attention import prepared
 from kvfabric_nodes.attention.kernels import native
@@ -75,6 +76,19 @@ def test_from_the_third_time_on_it_goes_the_short_way(here: Client, sequence: Se
     assert sizes[2:] == [RECORDS] * 6
     assert min(sizes[:2]) > RECORDS
     assert short(here) == 6
+
+
+def test_the_short_way_takes_no_other_connection(
+    sequence: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = random_kv(sequence.shape, 40)
+    fill(sequence, kv)
+    for seed in range(3):
+        attend(sequence, kv, seed)
+    with monkeypatch.context() as patch:
+        patch.delattr(Link, "take_lane")
+        attend(sequence, kv, 3)
+    attend(sequence, kv, 4, positions=[17])
 
 
 @pytest.mark.parametrize(
