@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_CONNECTIONS = 1024
-MAX_THREADS = 64  # of connections that are taken over, as for bulk
+MAX_THREADS = 64  # of connections that are taken over, for each feature
 HELLO_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 30.0  # for the rest of a frame that has begun
 MAX_UNSENT_BYTES = 8 << 20  # answers that a client does not fetch
@@ -165,7 +165,7 @@ class CallConnection:
             handler.hello(peer.session, request, answer.hello_response, offered)
             answer.hello_response.session = request.session
             if taken:
-                self.server.to_thread(self, peer, answer, takers[taken[0]])
+                self.server.to_thread(self, peer, answer, taken[0])
                 return
             peer.connections.add(self)
             self.peer = peer
@@ -311,7 +311,7 @@ class WireServer:
         self.connections: set[CallConnection] = set()
         self._peers: dict[bytes, Peer] = {}
         self._listeners: list[socket.socket] = []
-        self._threads: set[threading.Thread] = set()
+        self._threads: dict[threading.Thread, str] = {}  # by the feature that they serve
         self._threads_ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self.takers: dict[str, Taker] = {"bulk": serve_bulk, **handler.takers}
@@ -369,12 +369,12 @@ class WireServer:
         return peer
 
     def to_thread(
-        self, connection: CallConnection, peer: Peer, answer: wire_pb2.Frame, taker: Taker
+        self, connection: CallConnection, peer: Peer, answer: wire_pb2.Frame, feature: str
     ) -> None:
         """Hands a connection to a thread of its own, which also sends the answer."""
-        if len(self._threads) >= MAX_THREADS:
-            raise Retry(f"{MAX_THREADS} connections have threads; close some")
-        sock = connection.sock
+        if list(self._threads.values()).count(feature) >= MAX_THREADS:
+            raise Retry(f"{MAX_THREADS} {feature} connections are open; close some")
+        taker, sock = self.takers[feature], connection.sock
         kind = "unix" if connection.is_unix else "tcp"
 
         def serve() -> None:
@@ -385,7 +385,7 @@ class WireServer:
                     self._loop.call_soon_threadsafe(ended)
 
         def ended() -> None:
-            self._threads.discard(thread)
+            del self._threads[thread]
             if not self._threads:
                 self._threads_ended.set()
             sock.close()
@@ -396,7 +396,7 @@ class WireServer:
             thread.start()
         except RuntimeError as error:
             raise Retry(f"{error}; close connections, or raise `ulimit -u`") from error
-        self._threads.add(thread)
+        self._threads[thread] = feature
         self._threads_ended.clear()
         connection.detach()
         peer.connections.add(sock)

@@ -29,8 +29,8 @@ SEQUENCES = SequenceLimits()
         ("segments of one `map_request`", f"{server.MAX_MAP_SEGMENTS}"),
         ("reasons in one answer; further refused keys have none", f"{handler.MAX_REASONS}"),
         (
-            "connections, of these with a thread: for bulk, for prepared queries",
-            f"{server.MAX_CONNECTIONS:,} and {server.MAX_THREADS}",
+            "connections, of these for bulk, and for prepared queries",
+            f"{server.MAX_CONNECTIONS:,}, {server.MAX_THREADS} and {server.MAX_THREADS}",
         ),
         ("gRPC sessions", f"{grpc_service.MAX_SESSIONS:,}"),
         ("from a connection to its Hello", f"{server.HELLO_TIMEOUT_S:.0f} s"),

@@ -16,7 +16,7 @@ from tests.unit.client.test_grpc import Guest
 from tests.unit.nodes.attention.asking import Asker, asker, ids, opening
 from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, TIMEOUT_S, Again, over, soon
 
-from kvfabric.errors import DeadlineExceeded, Unreachable
+from kvfabric.errors import DeadlineExceeded, Retry, Unreachable
 from kvfabric_client.prepared import PreparedConnection
 from kvfabric_nodes import node as node_module
 from kvfabric_nodes.attention import prepared
@@ -24,6 +24,7 @@ from kvfabric_nodes.attention.kernels.choice import Kernels
 from kvfabric_nodes.attention.kernels.native import NativeKernel
 from kvfabric_nodes.attention.kernels.reference import ReferenceKernel
 from kvfabric_nodes.node import Node
+from kvfabric_nodes.serving import server
 
 
 @pytest.mark.parametrize("size_bytes", [(512 << 10) + 1, (1 << 32) - 1])
@@ -107,6 +108,15 @@ def test_a_node_stops_whatever_a_session_without_connections_has_prepared(start:
         node.stop()
     assert not [entry for entry in logs if entry["event"] == "node_failed"]
     guest.channel.close()
+
+
+def test_they_leave_room_for_bulk(
+    ask: Asker, again: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_THREADS", 1)
+    with pytest.raises(Retry, match="1 attend connections are open; close some"):
+        again.link._join(soon(), "attend")
+    again.link._join(soon(), "bulk").close()
 
 
 def test_an_answer_that_does_not_come_in_time_ends_the_connection() -> None:
