@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.unit.client.conftest import address, counter
+
+import kvfabric_client
 from kvfabric.types import Format, Namespace
 from kvfabric_client import Sequence
 from kvfabric_client.attention.runs import joined
@@ -36,6 +39,15 @@ def at(sequence: Sequence, node: str) -> list[range]:
     """Where its tokens at a node are."""
     found = [(p.tokens.start, p.tokens.stop) for p in sequence.blocks() if p.node == node]
     return [range(*run) for run in joined(found)]
+
+
+def short(nodes: Nodes) -> int:
+    """How many attends went by what these nodes had prepared."""
+    count = 0
+    for node in nodes.values():
+        with kvfabric_client.connect(address(node, "unix")) as client:
+            count += round(counter(client, "kvfabric_node_attends_prepared_total"))
+    return count
 
 
 def give_back(sequence: Sequence, kv: Array, lost: list[range]) -> None:
