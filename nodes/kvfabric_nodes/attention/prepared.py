@@ -72,6 +72,7 @@ class Preparations:
         native = library()
         assert native is not None, "ask first whether there is one"
         self._native = native
+        self._fence = ctypes.PYFUNCTYPE(None)(("kvfabric_fence", native))  # keeps the GIL
         self._core = core
         self._threads = threads
         self._tally = tally
@@ -129,7 +130,7 @@ class Preparations:
             end=int(work.first[-1] + work.tokens[-1]) if ends else MAX_POSITION,
         )
         if sequence is not None:
-            board = sequence.watched()
+            board = sequence.watched(self._fence)
             kept.append(board)
             what.board, what.cuts = address(board), int(board[-1])
         number: int = self._native.kvfabric_prepare(self._table, ctypes.byref(what))

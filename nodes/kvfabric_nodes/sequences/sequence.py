@@ -7,7 +7,7 @@ blocks and where they lie is somebody else's business.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,13 @@ from kvfabric.errors import Conflict, Refused
 from kvfabric.types import Key, NamespaceId
 from kvfabric_nodes.store.extents import Extent
 from kvfabric_nodes.store.promises import Reservation, Session
+
+Fence = Callable[[], object]
+"""What was written before it, all CPUs see before what is written after it."""
+
+
+def no_fence() -> None:
+    """Of whoever looks in the thread that writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class OpenSequence:
     cuts: int = 0  # how often open blocks that were seen may have been written anew
     open: bool = True
     board: NDArray[np.int64] | None = None  # see `watched`
+    fence: Fence = no_fence
 
     @property
     def sealed(self) -> int:
@@ -100,11 +108,11 @@ class OpenSequence:
     def visible(self, layer: int) -> int:
         return self.ahead.get(layer, self.length)
 
-    def watched(self) -> NDArray[np.int64]:
+    def watched(self, fence: Fence = no_fence) -> NDArray[np.int64]:
         """What of each layer is visible and, behind them, how often that may have become other
         than it was: for threads that look without asking. `show` and `show_cut` keep it true."""
         if self.board is None:
-            self.board = np.zeros(self.shape.layers + 1, np.int64)
+            self.board, self.fence = np.zeros(self.shape.layers + 1, np.int64), fence
             self.show(0, self.shape.layers)
         return self.board
 
@@ -112,12 +120,14 @@ class OpenSequence:
         """Once the bytes of what is visible in these layers are there."""
         if self.board is not None:
             end = first_layer + layers
+            self.fence()
             self.board[first_layer:end] = list(map(self.visible, range(first_layer, end)))
 
     def show_cut(self) -> None:
-        """What was visible is no more, or is something else."""
+        """What was visible is no more, or is something else, or will be at once."""
         if self.board is not None:
             self.board[-1] += 1
+            self.fence()
             self.show(0, self.shape.layers)
 
     def append(self, start: int, tokens: int, first_layer: int, layers: int) -> None:

@@ -96,6 +96,24 @@ def test_what_no_sequence_can_be_is_refused(
         sequences.open(desk.session, desk.namespace, shape, blocks, IDLE_S, 0.0)
 
 
+def test_bytes_are_there_before_they_are_shown_and_a_cut_is_shown_before_they_change(
+    sequences: Sequences, desk: Desk
+) -> None:
+    sequence, shown = begin(sequences, desk, []), list[list[int]]()
+
+    def fence() -> None:
+        assert sequence.board is not None
+        shown.append(sequence.board.tolist())
+
+    sequence.watched(fence)
+    shown.clear()
+    write(sequences, sequence, 2)
+    assert shown == [[0, 0, 0]]
+    sequences.truncate(sequence, 1, 0.0)
+    assert shown[1] == [2, 2, 1]
+    assert sequence.watched().tolist() == [1, 1, 1]
+
+
 def test_a_sequence_with_nothing_open_goes_on_with_further_blocks(
     sequences: Sequences, desk: Desk, keys: Keys
 ) -> None:

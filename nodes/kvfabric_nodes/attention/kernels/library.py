@@ -99,6 +99,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "kvfabric_table_free": (None, [_pointer]),
     "kvfabric_prepare": (_int64, [_pointer, ctypes.POINTER(Prepared)]),
     "kvfabric_unprepare": (ctypes.c_int, [_pointer, _int64]),
+    "kvfabric_fence": (None, []),
     "kvfabric_counts": (None, [_pointer, ctypes.POINTER(Counts)]),
     "kvfabric_turn_take": (None, [_pointer]),
     "kvfabric_turn_give": (None, [_pointer]),

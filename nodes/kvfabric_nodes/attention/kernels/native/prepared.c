@@ -66,6 +66,8 @@ int kvfabric_unprepare(table *t, int64_t id) {
     return 0;
 }
 
+void kvfabric_fence(void) { atomic_thread_fence(memory_order_seq_cst); }
+
 static int stands(const prepared *p) {
     return !p->board || __atomic_load_n(&p->board[p->layers], __ATOMIC_ACQUIRE) == p->cuts;
 }

@@ -34,6 +34,9 @@ PUBLIC int64_t kvfabric_prepare(table *t, const prepared *what);
  * may go and its place is free. */
 PUBLIC int kvfabric_unprepare(table *t, int64_t id);
 
+/* Between bytes and what a board tells of them. */
+PUBLIC void kvfabric_fence(void);
+
 PUBLIC void kvfabric_counts(table *t, prepared_counts *counts);
 
 /* One computes at a time: these are for who computes beside the connections. */
