@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.client.conftest import counter
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -30,6 +31,7 @@ from kvfabric_client.integrations.transformers import (
     model_format,
     model_namespace,
 )
+from kvfabric_nodes.attention.kernels import native
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -168,6 +170,16 @@ def test_a_conversation_goes_on_and_guesses_are_taken_back(fabric: Client) -> No
         found = greedy(model, {"input_ids": torch.tensor(turn)}, 40, past_key_values=cache)
 
     assert found == expected
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernel here")
+@pytest.mark.parametrize("kind", ["gqa", "windows"])
+def test_a_row_alone_is_decoded_by_what_nodes_have_prepared(fabric: Client, kind: str) -> None:
+    model, prompts = build(kind), batch(30)
+    with on_fabric(fabric, model) as cache:
+        found = greedy(model, prompts, past_key_values=cache)
+    assert found == greedy(model, prompts)
+    assert counter(fabric, "kvfabric_node_attends_prepared_total") > 0
 
 
 def test_what_was_decoded_here_another_process_restores_as_a_prefix(fabric: Client) -> None:
