@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.client.conftest import counter
-from tests.unit.nodes.attention.asking import Asker, Call, Query, ids, kv, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.client.conftest import Start, address, counter
+from tests.unit.nodes.attention.asking import Asker, Call, Query, asker, ids, kv, rows
 from tests.unit.nodes.attention.prepared.again import CONTEXT, FORM, Again, over, soon
 
 from kvfabric.types import Format, Key
@@ -156,3 +160,58 @@ def test_several_may_be_begun_before_the_first_is_finished(ask: Asker, again: Ag
             again.begin(name, over(span, 40))
         verdicts = [again.connection.finish(soon()) for _ in asked]
         assert [isinstance(v, Computed) or v for v in verdicts] == [True, GONE, True, GONE, True]
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> tuple[list[tuple[int, int]], dict[str, Any], int, list[int]]:
+    """Ranges and options of a query over 96 tokens, what it sees first, and what later."""
+    bounds = sorted(draw(st.sets(st.integers(0, 96), max_size=6)))
+    ranges = list(zip(bounds[::2], bounds[1::2], strict=False))
+    options = {
+        "window": draw(st.sampled_from([0, 1, 7, 40, 200])),
+        "sinks": draw(st.sampled_from([0, 3, 50])),
+    }
+    first = draw(st.sampled_from([96, 48, *(end for _, end in ranges)]))
+    return ranges, options, first, draw(st.lists(st.integers(0, 100), min_size=1, max_size=6))
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_whatever_was_prepared_is_what_an_attend_answers(start: Start, by_keys: bool) -> None:
+    node = start(memory=4 << 20, segment=64 << 10)
+    with asker(address(node, "unix")) as ask, ask.room.sequence(FORM) as sequence:
+        sequence.append(ids(96), CONTEXT[..., :96, :])
+        again = Again(ask)
+        span = ask.span_of(FORM, sequence.id)
+        if by_keys:
+            keys = [place.key for place in sequence.blocks() if place.key]
+            span = ask.span_of_keys(FORM, keys=keys, first_tokens=range(0, 96, 16)).span
+
+        @settings(max_examples=150, deadline=None)
+        @given(asked())
+        def compare(drawn: tuple[Any, ...]) -> None:
+            ranges, options, first, later = drawn
+            goes_on = bool(ranges) and ranges[-1][1] == first
+
+            def call(visible: int) -> Call:
+                mine = ranges
+                if goes_on:
+                    mine = [*ranges[:-1], (ranges[-1][0], visible)] if visible else []
+                query = replace(over(span, visible).queries[0], ranges=mine)
+                return Call(FORM, [query], layer=1, **options)
+
+            number = again.prepare(call(first))
+            assert number
+            for visible in later:
+                if goes_on and visible <= ranges[-1][0]:
+                    continue
+                done, told = again(number, call(visible)), ask.attend(call(visible))
+                if visible > 96 and (goes_on or not by_keys):
+                    assert done == GONE
+                    continue
+                assert isinstance(done, Computed)
+                assert done.tokens == sum(told.tokens)
+                expected = np.frombuffer(told.outputs + told.lse, np.float32)
+                np.testing.assert_allclose(done.numbers, expected, rtol=0, atol=2e-6)
+
+        with contextlib.closing(again.connection):
+            compare()
