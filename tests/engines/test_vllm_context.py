@@ -263,18 +263,16 @@ def test_with_vllms_own_scheduler_a_request_whose_kv_is_lost_ends_with_an_error_
 
 
 @pytest.mark.exhaustive
-def test_requests_for_which_nodes_have_no_room_end_with_an_error_and_others_go_on(
+def test_requests_for_which_nodes_have_no_room_wait_for_others_or_end_with_an_error(
     start_node: Callable[..., MemoryNode], start_engine: Callable[..., Engine], prompt: Prompt
 ) -> None:
-    node = start_node(memory="8MiB")  # 128 blocks
+    node = start_node(memory="3MiB")  # 48 blocks
     engine = start_engine(node.home, **context(extra={"home": node.home}))
-    prompts = [prompt(length, seed) for seed, length in enumerate((1900, 300, 1901, 64, 1902))]
+    prompts = [prompt(length, seed) for seed, length in enumerate((1000, 300, 900, 64, 800, 1900))]
     answers = engine.ask(*prompts, max_tokens=100)
-    assert {answer.finish for answer in answers} == {"length", "error"}
-    for one, answer in zip(prompts, answers, strict=True):
-        (alone,) = engine.ask(one, max_tokens=100)
-        assert alone.finish == "length"
-        assert answer.tokens == alone.tokens[: len(answer.tokens)]
+    assert [answer.finish for answer in answers] == ["length"] * 5 + ["error"]
+    for one, answer in zip(prompts[:5], answers, strict=False):
+        assert engine.ask(one, max_tokens=100)[0].tokens == answer.tokens
     engine.stop()
     assert node.is_at_rest()
 

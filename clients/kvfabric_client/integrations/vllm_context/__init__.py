@@ -126,8 +126,7 @@ class KVFabricContextConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore
         return self.contexts.take_failed() if self.contexts is not None else set()
 
     def build_connector_worker_meta(self) -> Losses | None:
-        lost = self.contexts.take_lost() if self.contexts is not None else {}
-        return Losses(lost) if lost else None
+        return self.contexts.take_losses() if self.contexts is not None else None
 
     # The scheduler's side.
 
@@ -140,7 +139,7 @@ class KVFabricContextConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore
         losses = connector_output.kv_connector_worker_meta
         if isinstance(losses, Losses):
             assert self._requests is not None
-            self._requests.lose(losses.first)
+            self._requests.lose(losses)
 
     def reset_cache(self) -> bool:
         """Called when weights change in place."""

@@ -17,13 +17,13 @@ import torch
 
 from kvfabric.attention.masks import sight
 from kvfabric.attention.merge import Floats
-from kvfabric.errors import Broken, DeadlineExceeded, FabricError, Unreachable
+from kvfabric.errors import DeadlineExceeded, FabricError, Retry, Unreachable
 from kvfabric.types import Format
 from kvfabric_client.attention.answers import Attended
 from kvfabric_client.attention.calls import attend_batch
 from kvfabric_client.attention.local import attend_new
 from kvfabric_client.attention.queries import Query
-from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Rows, StepRows
+from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Losses, Rows, StepRows
 from kvfabric_client.integrations.vllm_context.rooms import Rooms
 from kvfabric_client.sequence import Sequence as FabricSequence
 from kvfabric_client.sequence_reads import Missing
@@ -51,7 +51,8 @@ class Contexts:
         self._sequences: dict[str, FabricSequence] = {}
         self._step: dict[int, Rows] = {}
         self._failed: set[int] = set()  # blocks, of this step
-        self._lost: dict[str, int] = {}
+        self._unsaid: dict[str, FabricError] = {}  # of requests given up in their first step
+        self._losses = Losses()
 
     def begin(self, step: StepRows) -> None:
         """The rows of the step that is computed next; has a sequence ready for each."""
@@ -67,10 +68,11 @@ class Contexts:
             self.end([rows.request_id])
             room = self._rooms.room(rows.salt)
             self._sequences[rows.request_id] = room.sequence(self._form, tokens=rows.before)
-        sequence = self._sequences.get(rows.request_id)
-        length = sequence.length if sequence is not None else 0
+        if rows.request_id in self._unsaid:
+            raise self._unsaid[rows.request_id]
+        length = self._sequences[rows.request_id].length
         if length < rows.start:
-            raise Broken(f"the KV of tokens {length} to {rows.start - 1} is gone")
+            raise Missing([range(length, rows.start)])
 
     def attend(
         self, layer: int, asked: Sequence[Asked], scale: float, softcap: float
@@ -117,23 +119,36 @@ class Contexts:
         rows = self._step[block]
         log.error("kvfabric: request %s cannot use its KV: %s", rows.request_id, error)
         self._failed.add(block)
-        if isinstance(error, Missing):
-            self._lost[rows.request_id] = error.ranges[0].start
+        first = self._first_lost(rows, error)
         self.end([rows.request_id])
+        if not rows.start:
+            self._unsaid[rows.request_id] = error
+            return
+        self._losses.first[rows.request_id] = first
+        if isinstance(error, Retry):
+            self._losses.crowded.add(rows.request_id)
+
+    def _first_lost(self, rows: Rows, error: FabricError) -> int | None:
+        if isinstance(error, Missing):
+            return error.ranges[0].start
+        sequence = self._sequences.get(rows.request_id)
+        if sequence is not None and sequence.length < rows.start:  # it was opened elsewhere
+            return sequence.length
+        return None
 
     def take_failed(self) -> set[int]:
         """Of each request that was given up in this step the block that says so."""
         failed, self._failed = self._failed, set()
         return {self._step[block].held for block in failed} - {NO_BLOCK}
 
-    def take_lost(self) -> dict[str, int]:
-        """By request of which that is known, the first token that is lost."""
-        lost, self._lost = self._lost, {}
-        return lost
+    def take_losses(self) -> Losses | None:
+        losses, self._losses = self._losses, Losses()
+        return losses if losses.first else None
 
     def end(self, request_ids: Iterable[str]) -> None:
         """Their sealed blocks stay as cache."""
         for request_id in request_ids:
+            self._unsaid.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
                 sequence.close()

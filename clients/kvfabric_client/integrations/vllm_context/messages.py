@@ -33,9 +33,11 @@ class StepRows(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not typed 
 
 @dataclass
 class Losses(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """By request the first token whose KV is nowhere, whatever the fabric believes to have."""
+    """Requests that were given up in this step, each with the first token whose KV is nowhere, as
+    far as that is known; and those of them for which nodes had no room."""
 
-    first: dict[str, int]
+    first: dict[str, int | None] = field(default_factory=dict)
+    crowded: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        return Losses(self.first | other.first)
+        return Losses(self.first | other.first, self.crowded | other.crowded)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvfabric.errors import FabricError
 from kvfabric.types import Format
-from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Rows, StepRows
+from kvfabric_client.integrations.vllm_context.messages import NO_BLOCK, Losses, Rows, StepRows
 from kvfabric_client.integrations.vllm_context.rooms import Rooms
 from kvfabric_client.sequence import Sequence
 
@@ -29,6 +29,7 @@ class _Tracked:
     prefix: Sequence | None = None  # keeps what was matched until the request is over
     stored: int = 0  # tokens of its prefix whose KV lay in the fabric when it was looked up
     begun: bool = False  # the worker has its sequence
+    crowded: bool = False  # it waits for room, until another has ended or no other runs
     losses: int = 0
     lost: int | None = None  # the first token of which the worker could not read the KV
     blocks: list[int] = field(default_factory=list)
@@ -43,18 +44,21 @@ class Requests:
         self._tracked: dict[str, _Tracked] = {}
         self._weights = b""  # in each salt; changes with them
 
-    def match(self, request: Request, computed_tokens: int) -> int:
+    def match(self, request: Request, computed_tokens: int) -> int | None:
         """Tokens beyond `computed_tokens`, in whole blocks, that need not be computed; leaves one.
 
-        Of a request that was preempted: what there is of what it has had computed.
+        Of a request that was preempted: what there is of what it has had computed. None: it waits
+        for room.
         """
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             tracked = _Tracked(request, self._weights + _salt_of(request))
             self._tracked[request.request_id] = tracked
             tracked.stored = self._open(tracked)
+        elif tracked.crowded and self._others_run(tracked):
+            return None
         elif tracked.begun:
-            tracked.begun = False
+            tracked.begun = tracked.crowded = False
             tracked.stored = self._open(tracked)
         block = self._form.block_tokens
         usable = min(tracked.stored, int(request.num_tokens) - 1) // block * block
@@ -106,17 +110,21 @@ class Requests:
         return tracked.blocks[(end - 1) // block], rows
 
     def may_begin_again(self, request_id: str) -> bool:
-        """Whether a request that has lost its KV may be computed again; counts it."""
-        tracked = self._tracked[request_id]
-        tracked.losses += 1
-        return tracked.losses <= LOSSES
+        """Whether a request that was given up may be computed again."""
+        return self._tracked[request_id].losses < LOSSES
 
-    def lose(self, first: dict[str, int]) -> None:
-        """By request the first token that is lost, even where a node is still believed to have it:
-        one that died is missed a little later."""
-        for request_id, token in first.items():
-            if request_id in self._tracked:
-                self._tracked[request_id].lost = token
+    def lose(self, losses: Losses) -> None:
+        """Notes what the worker says after `may_begin_again`. The first token that is lost counts
+        even where a node is still believed to have it: one that died is missed a little later."""
+        for request_id in losses.first.keys() & self._tracked.keys():
+            tracked = self._tracked[request_id]
+            tracked.lost = losses.first[request_id]
+            tracked.crowded = request_id in losses.crowded and self._others_run(tracked)
+            tracked.losses += not tracked.crowded
+
+    def _others_run(self, tracked: _Tracked) -> bool:
+        others = (other for other in self._tracked.values() if other is not tracked)
+        return any(other.begun and not other.crowded for other in others)
 
     def forget(self) -> None:
         """The weights have changed in place: what is computed from now on is not shared with what
@@ -129,6 +137,8 @@ class Requests:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None and tracked.prefix is not None:
             tracked.prefix.close()
+        for other in self._tracked.values():
+            other.crowded = False
 
     def close(self) -> None:
         for tracked in self._tracked.values():
