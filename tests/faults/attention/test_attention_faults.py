@@ -98,9 +98,13 @@ def attend_until(
 
 
 @pytest.mark.exhaustive
-def test_a_node_that_is_silent_costs_its_tokens_within_the_deadline(lenders: Lenders) -> None:
+@pytest.mark.parametrize("attends", [1, 4])  # the more it was asked the same, the more is prepared
+def test_a_node_that_is_silent_costs_its_tokens_within_the_deadline(
+    lenders: Lenders, attends: int
+) -> None:
     context = Context(lenders.start().client())
-    context.check()
+    for _ in range(attends):
+        context.check()
     gone = lost_at(context, "east")
     lenders.nodes["east"].pause()
     began_s = time.monotonic()
