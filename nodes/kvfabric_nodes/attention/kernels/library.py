@@ -95,6 +95,7 @@ class Counts(ctypes.Structure):
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "kvfabric_attend": (ctypes.c_int, [ctypes.POINTER(Call)]),
     "kvfabric_attend_has": (ctypes.c_int, [ctypes.c_int]),
+    "kvfabric_sizes": (None, [_pointer]),
     "kvfabric_table": (_pointer, []),
     "kvfabric_table_free": (None, [_pointer]),
     "kvfabric_prepare": (_int64, [_pointer, ctypes.POINTER(Prepared)]),
@@ -115,10 +116,18 @@ def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
+        _check_sizes(found)
     except (OSError, AttributeError) as error:
         log.warning("no native attention kernel: others serve", reason=str(error))
         return None
     return found
+
+
+def _check_sizes(found: ctypes.CDLL) -> None:
+    sizes = (_int64 * 3)()
+    found.kvfabric_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(each) for each in (Call, Prepared, Counts)]:
+        raise OSError("it was built from other sources; run `make setup`")
 
 
 def call_of(work: Work, threads: int, level: int) -> tuple[Call, list[NDArray[Any]]]:

@@ -33,6 +33,12 @@ static int64_t now_ns(void) {
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
+void kvfabric_sizes(int64_t sizes[3]) {
+    sizes[0] = sizeof(attend_call);
+    sizes[1] = sizeof(prepared);
+    sizes[2] = sizeof(prepared_counts);
+}
+
 table *kvfabric_table(void) {
     table *t = calloc(1, sizeof *t);
     if (t) pthread_mutex_init(&t->turn, 0);

@@ -24,6 +24,9 @@ typedef struct {
 
 typedef struct table table;
 
+/* Of attend_call, prepared and prepared_counts: callers with other ones must not call anything. */
+PUBLIC void kvfabric_sizes(int64_t sizes[3]);
+
 PUBLIC table *kvfabric_table(void); /* 0: no memory */
 PUBLIC void kvfabric_table_free(table *t);
 
