@@ -28,6 +28,8 @@ class TorchKernel(FusedKernel):
     def __init__(self, threads: int, *, only: bool = False) -> None:
         self._threads = threads
         self._only = only
+        if only and _installed():
+            _loading()  # before the first call waits for it
 
     @property
     def torch(self) -> Any:
