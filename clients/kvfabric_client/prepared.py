@@ -2,7 +2,8 @@
 messages.
 
 What a call costs here is little beside its kernel, as long as little is done: one send, one
-receive, and no setting of the socket's time limit where the last one still serves.
+receive, no setting of the socket's time limit where the last one still serves, and before the
+answer comes all that can be done before.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import socket
 import struct
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ _TIMEVAL: Final = struct.Struct("ll")
 _LEAST_LIMIT_S: Final = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """`numbers`: o [rows, query heads, value dim], then lse [rows, query heads]."""
 
     numbers: NDArray[np.float32]
@@ -94,11 +93,11 @@ class PreparedConnection:
         """The answer to the first `begin` that has none yet, or BUSY or GONE: then nothing was
         computed, and an Attend is the way. DeadlineExceeded, Unreachable."""
         answers = self._expected.popleft()
-        data = bytearray(_ANSWER.size + 4 * answers)
-        view = memoryview(data)
+        data = np.empty(_ANSWER.size // 4 + answers, np.float32)
+        numbers, view = data[_ANSWER.size // 4 :], data.data.cast("B")
         first = view[: _ANSWER.size] if self._expected else view  # what follows is another's
         got = self._receive(first, _ANSWER.size, deadline_s)
-        verdict, size_bytes, tokens, read_bytes, kernel_ns = _ANSWER.unpack_from(data)
+        verdict, size_bytes, tokens, read_bytes, kernel_ns = _ANSWER.unpack_from(view)
         self.moved_bytes += _ANSWER.size + size_bytes
         if verdict:
             return int(verdict)
@@ -108,9 +107,8 @@ class PreparedConnection:
                 f"{self._address} answered {size_bytes} bytes, not {4 * answers}; client and node "
                 "do not follow the same specification: bring the older one up to date"
             )
-        if got < len(data):
-            self._receive(view[got:], len(data) - got, deadline_s)
-        numbers = np.frombuffer(data, np.float32, answers, _ANSWER.size)
+        if got < len(view):
+            self._receive(view[got:], len(view) - got, deadline_s)
         return Computed(numbers, tokens, read_bytes, kernel_ns / 1e9)
 
     def _receive(self, place: memoryview, least: int, deadline_s: float) -> int:

@@ -73,9 +73,8 @@ class Asker:
         assert self._prepared is not None
         vectors = self._queries(shape, 1)
         numbers = shape.query_heads * (shape.head_dim + 1)
+        before, until_s = self._prepared.moved_bytes, _deadline_s()
         start = time.perf_counter()
-        before = self._prepared.moved_bytes
-        until_s = _deadline_s()
         self._prepared.begin(self._numbers[span], layer, tokens, vectors, numbers, until_s)
         answer = self._prepared.finish(until_s)
         total_s = time.perf_counter() - start
