@@ -39,9 +39,8 @@ static int64_t now_ns(void) {
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* Whether it may be read or written now; `ms`: to wait at most, -1: for ever. */
-static int await(int socket, short events, int ms) {
-    struct pollfd one = {.fd = socket, .events = events};
+static int may_be_written(int socket, int ms) {
+    struct pollfd one = {.fd = socket, .events = POLLOUT};
     int n;
     while ((n = poll(&one, 1, ms)) < 0 && errno == EINTR) {}
     return n > 0;
@@ -70,7 +69,7 @@ static int send_all(int socket, const char *at, size_t bytes, int64_t until_ns) 
         }
         int64_t left_ms = (until_ns - now_ns()) / 1000000;
         if (errno == EINTR) continue;
-        if (errno != EAGAIN || left_ms <= 0 || !await(socket, POLLOUT, (int)left_ms)) return 0;
+        if (errno != EAGAIN || left_ms <= 0 || !may_be_written(socket, (int)left_ms)) return 0;
     }
     return 1;
 }
@@ -140,12 +139,19 @@ static answer answer_to(const connection *c, const request *r) {
     return a;
 }
 
+/* The next record without its vectors, however long that takes to begin. */
+static int receive_request(const connection *c, request *r) {
+    ssize_t n;
+    do n = recv(c->socket, r, sizeof *r, MSG_WAITALL);
+    while (n < 0 && (errno == EINTR || errno == EAGAIN));
+    return n > 0 &&
+           receive(c->socket, (char *)r + n, sizeof *r - (size_t)n, now_ns() + c->record_ns);
+}
+
 static int serve_one(const connection *c) {
     request r;
-    if (!await(c->socket, POLLIN, -1)) return 0;
-    int64_t until_ns = now_ns() + c->record_ns;
-    if (!receive(c->socket, &r, sizeof r, until_ns)) return 0;
-    if (r.bytes > MOST_VECTORS || !receive(c->socket, c->vectors, r.bytes, until_ns)) return 0;
+    if (!receive_request(c, &r) || r.bytes > MOST_VECTORS) return 0;
+    if (!receive(c->socket, c->vectors, r.bytes, now_ns() + c->record_ns)) return 0;
     answer *a = (answer *)(c->out + HEAD) - 1;
     *a = answer_to(c, &r);
     return send_all(c->socket, (const char *)a, sizeof *a + a->bytes, now_ns() + c->record_ns);
