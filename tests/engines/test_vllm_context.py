@@ -172,6 +172,7 @@ def manager(tmp_path: Path) -> Iterator[ManagerServer]:
     server.stop()
 
 
+@pytest.mark.exhaustive
 def test_requests_whose_node_dies_are_computed_again_at_another(
     manager: ManagerServer,
     start_node: Callable[..., MemoryNode],

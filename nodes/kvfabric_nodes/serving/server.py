@@ -161,7 +161,9 @@ class CallConnection:
                 raise Refused("this connection carries another session; open a new one to join")
             taken = sorted(takers.keys() & set(request.features))
             if taken and (self.peer or self._unsent):
-                raise Refused(f"this connection carries calls already; open one for {taken[0]}")
+                raise Refused(
+                    f"this connection carries calls already; open a new one for {taken[0]}"
+                )
             handler.hello(peer.session, request, answer.hello_response, offered)
             answer.hello_response.session = request.session
             if taken:
@@ -395,7 +397,7 @@ class WireServer:
         try:
             thread.start()
         except RuntimeError as error:
-            raise Retry(f"{error}; close connections, or raise `ulimit -u`") from error
+            raise Retry(f"{error}; close {feature} connections, or raise `ulimit -u`") from error
         self._threads[thread] = feature
         self._threads_ended.clear()
         connection.detach()

@@ -38,6 +38,9 @@ class Aborted(Exception):
 class Context:
     """As far as a call needs gRPC's."""
 
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        assert [name for name, _ in metadata] == ["kvfabric-error"]
+
     def abort(self, code: grpc.StatusCode, text: str) -> None:
         raise Aborted(f"{code.name}: {text}")
 

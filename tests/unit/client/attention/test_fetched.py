@@ -27,7 +27,10 @@ from .numbers import Array, check, expected, fill, random_kv, random_queries
 from .test_sparse import QUERY, best_pages
 
 ALL = ("east", "home", "west")
-SOME = pytest.mark.parametrize("mute", [("east",), ("home",), ALL], ids="+".join)
+SELDOM = pytest.mark.exhaustive
+SOME = pytest.mark.parametrize(
+    "mute", [("east",), pytest.param(("home",), marks=SELDOM), ALL], ids="+".join
+)
 
 
 @SOME
@@ -61,6 +64,7 @@ def test_tokens_that_come_meanwhile(lent: Sequence, kv: Array, mute: tuple[str, 
             assert sum(got.tokens.values()) == start
 
 
+@SELDOM
 @pytest.mark.parametrize("mute", [ALL])
 def test_many_rows_share_what_was_fetched(lent: Sequence, kv: Array) -> None:
     rows = random_queries(2500, 4, 32)
@@ -120,7 +124,7 @@ def test_blocks_of_a_node_that_has_died_are_missing_exactly(
     give_back(lent, kv, theirs)
 
 
-@pytest.mark.parametrize("mute", [("east",), ALL], ids="+".join)
+@pytest.mark.parametrize("mute", [pytest.param(("east",), marks=SELDOM), ALL], ids="+".join)
 def test_the_best_of_it_are_found_here(lent: Sequence, kv: Array, mute: tuple[str, ...]) -> None:
     (best,) = lent.top_k(QUERY, 30, layer=1)
     keys = np.repeat(kv[1, 0, :, :TOKENS], 2, axis=0)
