@@ -214,6 +214,8 @@ class Peers:
             except TimeoutError as error:
                 raise DeadlineExceeded(f"node {node} does not answer other calls") from error
             try:
+                if self._closed:
+                    raise Unreachable("this node stops, and calls no other one any more")
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(
                     self._pool, self.call_now, node, endpoints, method, request, deadline_s

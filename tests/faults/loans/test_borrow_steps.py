@@ -5,9 +5,14 @@ A dozen of these run with every `make test`, all of them with `make test-faults`
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 from tests.faults.loans.conftest import BLOCK_TOKENS, GROWN, Growth, Lenders
 from tests.redis_server import RedisServer
+
+from kvfabric_client.sequence_reads import Place
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
@@ -103,11 +108,23 @@ def test_redis_dies_meanwhile(lenders: Lenders, redis_server: RedisServer, point
     lenders.check_quiet()
 
 
+def settled(look: Callable[[], list[Place]]) -> list[Place]:
+    """What is said twice, half a second apart: loans may still be on their way."""
+    before = look()
+    for _ in range(20):
+        time.sleep(0.5)
+        now = look()
+        if now == before:
+            return now
+        before = now
+    raise AssertionError("blocks move without end")
+
+
 def test_a_creditor_that_held_much_dies_and_just_that_is_missing(lenders: Lenders) -> None:
     lenders.start()
     growth = Growth(lenders.client()).wait()
     assert growth.missing() == 0
-    lent = [place for place in growth.sequence.blocks() if place.node == "east"]
+    lent = settled(lambda: [place for place in growth.sequence.blocks() if place.node == "east"])
     assert lent
 
     lenders.nodes["east"].kill()
