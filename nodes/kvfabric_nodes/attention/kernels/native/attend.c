@@ -12,8 +12,6 @@
 #define MOST_THREADS 256
 #define THREAD_BYTES (1 << 20) /* to read, 70 us: for less, starting another takes as long */
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 typedef struct {
     const plan *plan;
     _Atomic int64_t next; /* item */

@@ -5,7 +5,7 @@
 #ifndef KVFABRIC_PART_H
 #define KVFABRIC_PART_H
 
-#include "attend.h"
+#include "small.h"
 
 #define TILE 128 /* tokens at most; a multiple of 32 */
 #define LANES 16 /* rows and value dims are padded to this */
@@ -60,7 +60,5 @@ static inline int row_sees_all(const part *p, int row, const tile *t) {
 }
 
 static inline int rounded(int n, int to) { return (n + to - 1) / to * to; }
-
-static inline int element_bytes(int element) { return element == FLOAT32 ? 4 : 2; }
 
 #endif

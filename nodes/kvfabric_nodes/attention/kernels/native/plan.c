@@ -5,8 +5,6 @@
 #define STATE_BYTES (256 << 10) /* of a group's o: with a tile it stays in the second-level cache */
 #define CHUNK_BYTES (256 << 10) /* of keys and values: some 20 us, which is how evenly threads end */
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 static void keep_seen_pieces(plan *pl) {

@@ -3,8 +3,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
+
+#include "small.h"
 
 #define SLOTS 4096 /* a power of 2: an id's lowest bits are its slot */
 
@@ -26,12 +26,6 @@ struct table {
 };
 
 static slot *slot_of(table *t, int64_t id) { return &t->slots[id & (SLOTS - 1)]; }
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 void kvfabric_sizes(int64_t sizes[3]) {
     sizes[0] = sizeof(attend_call);

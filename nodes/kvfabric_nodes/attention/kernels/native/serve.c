@@ -4,9 +4,9 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/socket.h>
-#include <time.h>
 
 #include "prepared.h"
+#include "small.h"
 
 #define MOST_VECTORS (512 << 10) /* bytes, as of an Attend */
 #define MOST_OUTPUTS (960 << 10)
@@ -32,12 +32,6 @@ typedef struct {
     char *vectors, *out; /* HEAD bytes, then o and lse */
     int64_t *lo, *hi;
 } connection;
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 static int may_be_written(int socket, int ms) {
     struct pollfd one = {.fd = socket, .events = POLLOUT};
@@ -74,9 +68,6 @@ static int send_all(int socket, const char *at, size_t bytes, int64_t until_ns) 
     return 1;
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /* As masks.py has it for rows without positions: they stand right behind all that they see. */
 static void look(const connection *c, const prepared *p, int64_t visible) {
     int64_t lo = p->window ? most(0, visible - p->window + 1) : 0;
@@ -95,9 +86,8 @@ static int64_t seen_tokens(const attend_call *call, int64_t lo, int64_t hi) {
 
 static int is_askable(const prepared *p, const request *r) {
     const attend_call *call = &p->call;
-    int64_t size = call->q_element == FLOAT32 ? 4 : 2;
     return r->layer < p->layers && r->visible >= 0 && r->visible <= p->end &&
-           r->bytes == call->rows * call->heads * call->key_dim * size &&
+           r->bytes == call->rows * call->heads * call->key_dim * element_bytes(call->q_element) &&
            (!p->board || r->visible <= __atomic_load_n(&p->board[r->layer], __ATOMIC_ACQUIRE));
 }
 
@@ -118,10 +108,9 @@ static int compute(const connection *c, const prepared *p, const request *r, ans
     kvfabric_turn_give(c->table);
     if (status != OK) return BUSY; /* no memory: another way has its own errors */
     int64_t token = call.key_dim + (call.values == call.keys ? 0 : call.value_dim);
-    int64_t size = call.element == FLOAT32 ? 4 : 2;
     a->bytes = (uint32_t)(o_bytes + call.rows * call.heads * 4);
     a->tokens = seen_tokens(&call, c->lo[0], c->hi[0]);
-    a->read_bytes = a->tokens * call.kv_heads * token * size;
+    a->read_bytes = a->tokens * call.kv_heads * token * element_bytes(call.element);
     table_count(c->table, p, a->read_bytes, a->kernel_ns);
     return DONE;
 }
