@@ -25,7 +25,7 @@ _ANSWER: Final = struct.Struct("<IIqqq")  # verdict, bytes, tokens, bytes of KV,
 REQUEST_BYTES: Final = _REQUEST.size
 BUSY: Final = 1  # another was computed
 GONE: Final = 2  # it is to be prepared anew
-MAX_VECTORS_BYTES: Final = 512 << 10
+MAX_VECTOR_BYTES: Final = 512 << 10  # of a record, and of a message
 _TIMEVAL: Final = struct.Struct("ll")
 _LEAST_LIMIT_S: Final = 0.001
 
@@ -45,7 +45,7 @@ class PreparedConnection:
     def __init__(self, connection: Connection) -> None:
         self._address = connection.address
         self._sock = connection.detach()
-        self._out = bytearray(_REQUEST.size + MAX_VECTORS_BYTES)
+        self._out = bytearray(_REQUEST.size + MAX_VECTOR_BYTES)
         self._view = memoryview(self._out)
         self._expected: deque[int] = deque()  # numbers in each answer that is to come
         self._limit_s = 0.0
@@ -58,11 +58,6 @@ class PreparedConnection:
 
     def fileno(self) -> int:
         return self._sock.fileno()
-
-    @property
-    def owes(self) -> int:
-        """Answers that are to come."""
-        return len(self._expected)
 
     def begin(
         self,

@@ -14,7 +14,6 @@ from kvfabric_client.attention.runs import Runs
 from kvfabric_client.attention.spans import Alike, Span
 
 MAX_QUERIES = 1024  # of a call
-MAX_VECTOR_BYTES = 512 << 10
 MAX_OUTPUT_BYTES = 960 << 10
 MAX_ROWS = 65536  # each may have a position
 MAX_RUNS = 3072  # of tokens that are asked for: all may be gaps, which share a frame with outputs

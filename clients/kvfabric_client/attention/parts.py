@@ -15,7 +15,6 @@ from kvfabric_client.attention.context import Context
 from kvfabric_client.attention.operator import (
     MAX_OUTPUT_BYTES,
     MAX_ROWS,
-    MAX_VECTOR_BYTES,
     Ask,
     Item,
     packs,
@@ -24,6 +23,7 @@ from kvfabric_client.attention.operator import (
 from kvfabric_client.attention.runs import Runs
 from kvfabric_client.attention.spans import Alike
 from kvfabric_client.blocks import Array
+from kvfabric_client.prepared import MAX_VECTOR_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,10 +150,11 @@ class AttentionCalls:
             query, opened.own(0, query.visible), open_ended=sequence is not None
         )
         here = cut(blocks, ranges)
-        whole = replace(attend.options, layer=0)
-        job = asking.work(whole, [one], here.pieces)
         missing = here.gaps[:-1] if ends else here.gaps
-        if missing or not len(here.pieces) or self._kernels.best(job) != NativeKernel.name:
+        if missing or not len(here.pieces):
+            return 0
+        job = asking.work(replace(attend.options, layer=0), [one], here.pieces)
+        if self._kernels.best(job) != NativeKernel.name:
             return 0
         return self.preparations.prepare(
             session, job, request.window, here.extents, sequence, ends=ends

@@ -197,7 +197,7 @@ class Spans:
         known = self._known(span, sequence)
         if sequence is None:
             return known.blocks
-        tail = self._tail(sequence, layer)
+        tail = self._tail(sequence, sequence.visible(layer))
         if known.whole is None or tail != known.tail:
             known.tail, known.whole = tail, joined(known.blocks, blocks_of(tail))
         return known.whole
@@ -207,17 +207,7 @@ class Spans:
         sealed = self._known(span, sequence).blocks
         if sequence is None:
             return sealed
-        full = sequence.shape.block_tokens
-        firsts = range(sequence.sealed, sequence.room, full)
-        return joined(
-            sealed,
-            blocks_of(
-                [
-                    (self._at(tail.extent), first, first + full, tail.extent)
-                    for tail, first in zip(sequence.tails, firsts, strict=True)
-                ]
-            ),
-        )
+        return joined(sealed, blocks_of(self._tail(sequence, sequence.room)))
 
     def _known(self, span: Span, sequence: OpenSequence | None) -> _Known:
         known = span.known
@@ -225,12 +215,13 @@ class Spans:
             known = span.known = self._look(span, sequence)
         return known
 
-    def _tail(self, sequence: OpenSequence, layer: int) -> list[Row]:
-        full, visible = sequence.shape.block_tokens, sequence.visible(layer)
-        seen = sequence.tails[: max(0, -(-(visible - sequence.sealed) // full))]
-        firsts = range(sequence.sealed, visible, full)
+    def _tail(self, sequence: OpenSequence, end: int) -> list[Row]:
+        """The open blocks' tokens before this one."""
+        full = sequence.shape.block_tokens
+        seen = sequence.tails[: max(0, -(-(end - sequence.sealed) // full))]
+        firsts = range(sequence.sealed, end, full)
         return [
-            (self._at(tail.extent), first, min(first + full, visible), tail.extent)
+            (self._at(tail.extent), first, min(first + full, end), tail.extent)
             for tail, first in zip(seen, firsts, strict=True)
         ]
 
