@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.engines.manager import serving
 
 from kvfabric.manager.service import ManagerServer
-from kvfabric.manager.settings import ManagerSettings
 from kvfabric.types import Key, Namespace
 from kvfabric_client import connect
 
@@ -27,16 +27,8 @@ PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[ManagerServer]:
     """Nodes register with it and then say nothing for a long time."""
-    settings = ManagerSettings(
-        listen="127.0.0.1:0",
-        runtime_dir=str(tmp_path / "manager"),
-        heartbeat_ms=60_000,
-        silence_ms=600_000,
-    )
-    server = ManagerServer(settings)
-    server.start()
-    yield server
-    server.stop()
+    with serving(tmp_path, heartbeat_ms=60_000, silence_ms=600_000) as server:
+        yield server
 
 
 def test_what_one_engine_has_prefilled_another_decodes_at_once(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engines.conftest import engine_starter, node_starter
+from tests.engines.manager import serving
 
 from kvfabric.manager.service import ManagerServer
-from kvfabric.manager.settings import ManagerSettings
 
 if TYPE_CHECKING:
     from tests.engines.conftest import Answer, Engine, MemoryNode
@@ -160,16 +160,8 @@ def test_weights_that_were_changed_in_place_share_nothing_with_those_before(
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[ManagerServer]:
-    settings = ManagerSettings(
-        listen="127.0.0.1:0",
-        runtime_dir=str(tmp_path / "manager"),
-        heartbeat_ms=100,
-        silence_ms=2_000,
-    )
-    server = ManagerServer(settings)
-    server.start()
-    yield server
-    server.stop()
+    with serving(tmp_path, heartbeat_ms=100, silence_ms=2_000) as server:
+        yield server
 
 
 @pytest.mark.exhaustive

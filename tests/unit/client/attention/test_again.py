@@ -69,6 +69,15 @@ def attend(sequence: Sequence, kv: Array, seed: int, layer: int = 0, **options: 
     return got.traffic.header_bytes
 
 
+def asked_thrice(sequence: Sequence) -> Array:
+    """Has it attended until it goes the short way; the KV of its tokens."""
+    kv = random_kv(sequence.shape, 40)
+    fill(sequence, kv)
+    for seed in range(3):
+        attend(sequence, kv, seed)
+    return kv
+
+
 def test_from_the_third_time_on_it_goes_the_short_way(here: Client, sequence: Sequence) -> None:
     kv = random_kv(sequence.shape, 40)
     fill(sequence, kv)
@@ -81,10 +90,7 @@ def test_from_the_third_time_on_it_goes_the_short_way(here: Client, sequence: Se
 def test_the_short_way_takes_no_other_connection(
     sequence: Sequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kv = random_kv(sequence.shape, 40)
-    fill(sequence, kv)
-    for seed in range(3):
-        attend(sequence, kv, seed)
+    kv = asked_thrice(sequence)
     with monkeypatch.context() as patch:
         patch.delattr(Link, "take_lane")
         attend(sequence, kv, 3)
@@ -153,10 +159,7 @@ def test_positions_and_batches_at_one_node_go_the_ordinary_way(
 def test_while_another_is_computed_it_waits_the_ordinary_way(
     here: Client, sequence: Sequence, node: Node
 ) -> None:
-    kv = random_kv(sequence.shape, 40)
-    fill(sequence, kv)
-    for seed in range(3):
-        attend(sequence, kv, seed)
+    kv = asked_thrice(sequence)
     preparations = node.attention.preparations
     assert preparations is not None
     asking = threading.Thread(target=attend, args=(sequence, kv, 7))
@@ -172,10 +175,7 @@ def test_while_another_is_computed_it_waits_the_ordinary_way(
 def test_an_answer_that_nobody_took_is_not_taken_for_another(
     here: Client, sequence: Sequence
 ) -> None:
-    kv = random_kv(sequence.shape, 40)
-    fill(sequence, kv)
-    for seed in range(3):
-        attend(sequence, kv, seed)
+    kv = asked_thrice(sequence)
 
     def fails() -> Any:
         raise KeyboardInterrupt
@@ -189,10 +189,7 @@ def test_an_answer_that_nobody_took_is_not_taken_for_another(
 def test_an_interrupted_wait_leaves_no_answer_behind(
     sequence: Sequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kv = random_kv(sequence.shape, 40)
-    fill(sequence, kv)
-    for seed in range(3):
-        attend(sequence, kv, seed)
+    kv = asked_thrice(sequence)
 
     def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
@@ -205,10 +202,7 @@ def test_an_interrupted_wait_leaves_no_answer_behind(
 
 
 def test_a_connection_that_was_lost_costs_nothing(here: Client, sequence: Sequence) -> None:
-    kv = random_kv(sequence.shape, 40)
-    fill(sequence, kv)
-    for seed in range(3):
-        attend(sequence, kv, seed)
+    kv = asked_thrice(sequence)
     for connection in sequence.writer.home.link._attending:
         connection._sock.shutdown(2)
     attend(sequence, kv, 3)
